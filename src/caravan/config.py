@@ -1,0 +1,216 @@
+"""Every setting, frozen, with its default and the reason for it; read from and written to one TOML file."""
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from caravan.errors import ConfigError
+
+_STRICT = ConfigDict(extra="forbid")
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class DataConfig:
+    """Where the words come from (`[data]`)."""
+
+    path: str = "helpdesk"  # the bundled corpus: runs anywhere
+    documents: str | None = None  # None: a `documents.*` file beside the queries, else one document a label
+    validation: str | None = None  # None: a `validation.*` file beside the queries, else cut from train
+    test: str | None = None  # None: a `test.*` file beside the queries; absent is allowed
+    text_column: str = "text"
+    label_column: str = "label"
+    label_separator: str | None = None  # set it where one cell names several documents, e.g. "|"
+    on_bad_row: Literal["fail", "skip"] = "fail"  # a silent gap in the data is worse than a stop
+    validation_fraction: Fraction = 0.1  # of train, when there is no validation file
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class BackboneConfig:
+    """Which frozen model, and how its states become one vector (`[backbone]`)."""
+
+    name: str = "minilm"  # "minilm", a local folder, or a Hugging Face id
+    revision: str | None = None  # a branch, tag or commit of a Hugging Face id
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # the same vectors on every machine
+    device: str = "cpu"
+    trust_remote_code: bool = False  # a model folder may bring its own Python: never run it unasked
+    pooling: Literal["auto", "mean", "last", "cls"] = "auto"  # auto: mean for encoders, last token for decoders
+    max_tokens: PositiveInt = 256  # what all-MiniLM-L6-v2 was made for; shorter texts cost less anyway
+    normalize: bool = True  # L2: scores start as cosines, which is what sentence encoders are trained for
+    random_weights: bool = False  # the control: the same shape, never pretrained
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class AdapterConfig:
+    """The trainable map on the token embeddings (`[adapter]`)."""
+
+    kind: Literal["full", "lowrank", "core", "none"] = "full"  # the paper's square adapter
+    rank: PositiveInt = 32  # lowrank, core: 32 x 32 numbers are 4 KB
+    bias: bool = False  # the paper's map has none
+    seed: int = 0  # core: draws the frozen U and V, so they need not be sent
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class HeadConfig:
+    """The classifier, one row a document (`[head]`)."""
+
+    start: Literal["auto", "documents", "centroids"] = "auto"  # auto: whichever ranks the validation queries better
+    hidden: Annotated[int, Field(ge=0)] = 0  # width of the pre-classifier layer (the paper's MLP); 0: none
+    scale: PositiveFloat = 20.0  # start of the learned factor on cosines, as in sentence-transformers' losses
+    hold_unseen: bool = True  # a document without training queries keeps the row it started from
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class HeadStageConfig:
+    """Training the head on cached vectors (`[training.head]`)."""
+
+    epochs: Annotated[int, Field(ge=0)] = 60
+    batch_size: PositiveInt = 128
+    learning_rate: PositiveFloat = 1e-2
+    weight_decay: NonNegativeFloat = 0.0
+    label_smoothing: Fraction = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class AdapterStageConfig:
+    """Training adapter and head through the frozen blocks (`[training.adapter]`)."""
+
+    epochs: Annotated[int, Field(ge=0)] = 5
+    batch_size: PositiveInt = 32
+    learning_rate: PositiveFloat = 1e-3  # of the adapter
+    head_learning_rate: PositiveFloat = 1e-2
+    weight_decay: NonNegativeFloat = 0.0
+    label_smoothing: Fraction = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class TrainingConfig:
+    """What both stages share (`[training]`)."""
+
+    mode: Literal["head", "adapter"] = "adapter"
+    head: HeadStageConfig = field(default_factory=HeadStageConfig)
+    adapter: AdapterStageConfig = field(default_factory=AdapterStageConfig)
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    warmup: Fraction = 0.1  # share of all steps
+    gradient_accumulation: PositiveInt = 1
+    max_gradient_norm: PositiveFloat | None = 1.0
+    activation_checkpointing: bool = False  # trades a second forward for memory: only large backbones need it
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of the frozen blocks while training; auto: bfloat16 where the processor multiplies it natively
+    patience: Annotated[int, Field(ge=0)] = 0  # epochs without a better validation before stopping; 0: never stop early
+    class_weights: Literal["none", "sqrt", "balanced"] = "none"  # recall over queries is what is measured
+    checkpoint_seconds: PositiveFloat = 30.0  # the most work a kill can cost
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class FederationConfig:
+    """Clients that do not pool their queries (`[federation]`)."""
+
+    clients: Annotated[int, Field(ge=0)] = 0  # 0: central training
+    partition: Literal["iid", "dirichlet", "column"] = "iid"
+    column: str | None = None  # partition = "column": the column that names the client
+    alpha: PositiveFloat = 1.0  # partition = "dirichlet": small is uneven
+    rounds: PositiveInt = 5  # the stage's epochs are divided over the rounds, so passes equal central training's
+    min_clients: PositiveInt = 1  # replies a round needs
+    backend: Literal["inprocess", "ray"] = "inprocess"  # ray starts in half a minute and only pays with many cores
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class EvaluationConfig:
+    """What is measured beside the trained retriever (`[evaluation]`)."""
+
+    baselines: bool = True
+    random_backbone: bool = True  # the same shape, never pretrained: what the pretraining is worth
+    bootstrap: Annotated[int, Field(ge=0)] = 1000  # resamples behind each interval; 0: no intervals
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
+class Config:
+    """All settings of one experiment."""
+
+    seed: Annotated[int, Field(ge=0)] = 13
+    data: DataConfig = field(default_factory=DataConfig)
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    federation: FederationConfig = field(default_factory=FederationConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings as nested plain values, as saved with results."""
+        return asdict(self)
+
+    def to_toml(self) -> str:
+        """All settings as TOML; a setting that is None is left out (TOML has no null)."""
+        return tomli_w.dumps(_without_none(self.to_dict()))
+
+
+_ADAPTER = TypeAdapter(Config)
+
+
+def config_from_dict(values: Mapping[str, Any], *, source: str = "the settings") -> Config:
+    """Check nested plain values and make a `Config` of them.
+
+    Raises:
+        ConfigError: a key is unknown or a value is not allowed; all such faults are named in one line.
+    """
+    try:
+        config = _ADAPTER.validate_python(values)
+    except ValidationError as error:
+        faults = "; ".join(_describe(fault) for fault in error.errors())
+        raise ConfigError(f"{source}: {faults}") from None
+    if config.federation.partition == "column" and not config.federation.column:
+        raise ConfigError(f'{source}: federation.partition = "column" needs federation.column, the name of the column')
+    return config
+
+
+def read_config(path: str | Path) -> Config:
+    """Read a TOML file.
+
+    Raises:
+        ConfigError: the file cannot be read, is no TOML, or names an unknown or disallowed setting.
+    """
+    return config_from_dict(read_toml(path), source=str(path))
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """Read a TOML file into nested plain values, unchecked.
+
+    Raises:
+        ConfigError: the file cannot be read or is no TOML.
+    """
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the settings: {error.strerror}; give the path of a TOML file") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not UTF-8 text; give a TOML file") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+
+
+def _describe(fault: Any) -> str:
+    where = ".".join(str(part) for part in fault["loc"]) or "settings"
+    if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"unknown setting {where}; `caravan train --print-config` lists all"
+    return f"{where} = {fault['input']!r}: {fault['msg'][:1].lower()}{fault['msg'][1:]}"
+
+
+def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            kept[name] = _without_none(value)
+        elif value is not None:
+            kept[name] = value
+    return kept

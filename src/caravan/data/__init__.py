@@ -1,0 +1,1 @@
+"""Words: records, files, the catalogue and client shards; no tensor of a model."""

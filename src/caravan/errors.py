@@ -1,0 +1,33 @@
+"""Every error that caravan raises on purpose: one line that says what, where, what was got, and the remedy."""
+
+
+class CaravanError(Exception):
+    """Root of all errors a user can act on; the command line prints it as one line and exits with 1."""
+
+
+class ConfigError(CaravanError):
+    """A setting is unknown, of the wrong type, out of range, or contradicts another."""
+
+
+class DataError(CaravanError):
+    """A file, row, label or text cannot be used as data."""
+
+
+class BackboneError(CaravanError):
+    """A frozen model cannot be found, verified or used."""
+
+
+class StorageError(CaravanError):
+    """A saved retriever, checkpoint or result cannot be written, read or trusted."""
+
+
+class TrainingError(CaravanError):
+    """Training cannot start or go on: nothing to learn from, or a loss that is no longer finite."""
+
+
+class FederationError(CaravanError):
+    """A federated run cannot start or go on: no usable client, a refused update, a missing engine."""
+
+
+class BudgetError(CaravanError):
+    """Something would need more memory than the caller allows."""

@@ -1,0 +1,1 @@
+"""Many machines: updates, their average, and the engine that carries them."""

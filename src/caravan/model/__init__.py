@@ -1,0 +1,1 @@
+"""Tensors: backbone, adapter, encoder, head and the retriever made of them."""

@@ -1,0 +1,1 @@
+"""One machine: training, baselines and evaluation."""
