@@ -1,0 +1,108 @@
+"""Trainable linear maps on the token-embedding lookup; each is the identity at the start and folds into the table."""
+
+import torch
+from torch import Tensor, nn
+
+from caravan.config import AdapterConfig
+
+
+class Adapter(nn.Module):
+    """A map of token embeddings e to soft embeddings e·A (+ b), with A = I at the start (arXiv:2509.16508, section 4).
+
+    Children say what A is through `apply_map`. E is the width of the token embeddings.
+
+    Attributes:
+        width: E.
+    """
+
+    def __init__(self, width: int, *, bias: bool = False) -> None:
+        super().__init__()
+        self.width = width
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+
+    def apply_map(self, embeddings: Tensor) -> Tensor:
+        """Return e·A for float (..., E)."""
+        raise NotImplementedError
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """Map float (..., E) to soft embeddings of the same shape in the adapter's float32."""
+        mapped = self.apply_map(embeddings.to(torch.float32))
+        return mapped if self.bias is None else mapped + self.bias
+
+    def fold(self, table: Tensor) -> Tensor:
+        """Give the table E' = E·A (+ b), float32 (V, E), that a plain model can look up instead of adapting."""
+        with torch.no_grad():
+            return self(table)
+
+
+class FullAdapter(Adapter):
+    """A square matrix, E x E: the paper's adapter."""
+
+    def __init__(self, width: int, *, bias: bool = False) -> None:
+        super().__init__(width, bias=bias)
+        self.matrix = nn.Parameter(torch.eye(width))
+
+    def apply_map(self, embeddings: Tensor) -> Tensor:
+        """Return e·A."""
+        return embeddings @ self.matrix
+
+
+class LowRankAdapter(Adapter):
+    """A = I + U·V with U (E, r) random and V (r, E) zero at the start, as in LoRA (arXiv:2106.09685)."""
+
+    def __init__(self, width: int, rank: int, *, seed: int, bias: bool = False) -> None:
+        super().__init__(width, bias=bias)
+        generator = torch.Generator().manual_seed(seed)
+        self.down = nn.Parameter(torch.randn(width, rank, generator=generator) / width**0.5)
+        self.up = nn.Parameter(torch.zeros(rank, width))
+
+    def apply_map(self, embeddings: Tensor) -> Tensor:
+        """Return e + (e·U)·V."""
+        return embeddings + (embeddings @ self.down) @ self.up
+
+
+class CoreAdapter(Adapter):
+    """A = I + U·R·Vᵀ with orthonormal U, V (E, r) frozen and drawn from a seed: only the r x r core R is trained."""
+
+    down: Tensor
+    up: Tensor
+
+    def __init__(self, width: int, rank: int, *, seed: int, bias: bool = False) -> None:
+        super().__init__(width, bias=bias)
+        generator = torch.Generator().manual_seed(seed)
+        self.register_buffer("down", _orthonormal(width, rank, generator), persistent=False)
+        self.register_buffer("up", _orthonormal(width, rank, generator), persistent=False)
+        self.core = nn.Parameter(torch.zeros(rank, rank))
+
+    def apply_map(self, embeddings: Tensor) -> Tensor:
+        """Return e + ((e·U)·R)·Vᵀ."""
+        return embeddings + ((embeddings @ self.down) @ self.core) @ self.up.T
+
+
+class IdentityAdapter(Adapter):
+    """A = I: nothing to train; the bare backbone."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+
+    def apply_map(self, embeddings: Tensor) -> Tensor:
+        """Return e."""
+        return embeddings
+
+
+def make_adapter(config: AdapterConfig, width: int) -> Adapter:
+    """Make the adapter that `config.kind` names for token embeddings of `width` E; a rank above E is taken as E."""
+    rank = min(config.rank, width)
+    if config.kind == "full":
+        return FullAdapter(width, bias=config.bias)
+    if config.kind == "lowrank":
+        return LowRankAdapter(width, rank, seed=config.seed, bias=config.bias)
+    if config.kind == "core":
+        return CoreAdapter(width, rank, seed=config.seed, bias=config.bias)
+    return IdentityAdapter(width)
+
+
+def _orthonormal(width: int, rank: int, generator: torch.Generator) -> Tensor:
+    # float64 and a fixed sign: the same seed must give the same frame on every machine that draws it.
+    columns, triangle = torch.linalg.qr(torch.randn(width, rank, generator=generator, dtype=torch.float64))
+    return (columns * triangle.diagonal().sign()).to(torch.float32)

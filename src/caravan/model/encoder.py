@@ -1,0 +1,175 @@
+"""Text to query vector: tokenizer, lookup, adapter, frozen blocks, pooling."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from caravan.errors import DataError
+from caravan.model.adapter import Adapter, IdentityAdapter
+from caravan.model.backbone import Backbone
+
+
+class Encoder(nn.Module):
+    """A frozen backbone with a trainable adapter on its token embeddings.
+
+    Sizes: B texts, T tokens, H width of the vectors.
+
+    Attributes:
+        backbone: frozen, never trained, never saved, never sent.
+        adapter: trained, saved and sent.
+        normalize: whether vectors are scaled to L2 norm 1.
+    """
+
+    def __init__(self, backbone: Backbone, adapter: Adapter) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.adapter = adapter.to(backbone.config.device)
+        self.normalize = backbone.config.normalize
+
+    @property
+    def width(self) -> int:
+        """H, the width of the vectors."""
+        return self.backbone.hidden_width
+
+    @property
+    def device(self) -> torch.device:
+        """Where vectors are computed."""
+        return torch.device(self.backbone.config.device)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        mask: Tensor,
+        *,
+        backbone: Backbone | None = None,
+        transform: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """Turn token ids into vectors, differentiably with respect to the adapter.
+
+        Args:
+            input_ids: int64 (B, T), padded on either side.
+            mask: bool or int64 (B, T), 1 on tokens.
+            backbone: another copy of the blocks to compute with (a cast one, while training).
+            transform: a function of the soft embeddings (B, T, E), for regularisation while training.
+
+        Returns:
+            float32 (B, H); rows have L2 norm 1 when `normalize` is set.
+        """
+        blocks = backbone or self.backbone
+        soft = self.adapter(self.backbone.embed(input_ids))
+        if transform is not None:
+            soft = transform(soft)
+        hidden = blocks.blocks(soft, mask).to(torch.float32)
+        pooled = pool(hidden, mask, self.backbone.pooling)
+        return functional.normalize(pooled, dim=1) if self.normalize else pooled
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Turn texts into token ids.
+
+        Raises:
+            DataError: a text is empty or holds characters that are no Unicode text (lone surrogates).
+        """
+        for number, text in enumerate(texts):
+            if not text.strip():
+                raise DataError(f"text {number + 1} of {len(texts)} is empty; give at least one word")
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError:
+                raise DataError(f"text {number + 1} of {len(texts)} holds a lone surrogate, which is no character; remove it") from None
+        return self.backbone.tokenize(texts)
+
+    @torch.no_grad()
+    def encode(
+        self, texts: Sequence[str], *, batch_size: int = 64, progress: Callable[[int], None] | None = None
+    ) -> Tensor:
+        """Turn texts into vectors (soft embeddings through the frozen blocks; arXiv:2509.16508).
+
+        Texts of like length share a batch, so little is spent on padding.
+
+        Args:
+            texts: B strings; each is cut at `max_tokens` tokens.
+            batch_size: texts a forward pass.
+            progress: called with the number of texts done since the last call.
+
+        Returns:
+            float32 (B, H) on the encoder's device; rows have L2 norm 1 when `normalize` is set.
+
+        Raises:
+            DataError: a text is empty.
+        """
+        tokens = self.tokenize(texts)
+        order = sorted(range(len(tokens)), key=lambda index: len(tokens[index]))
+        vectors = torch.empty(len(tokens), self.width, device=self.device)
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            input_ids, mask = pad([tokens[index] for index in chosen], device=self.device)
+            vectors[torch.tensor(chosen, device=self.device)] = self(input_ids, mask)
+            if progress is not None:
+                progress(len(chosen))
+        return vectors
+
+    def key(self) -> str:
+        """Name what `encode` computes: sha256 hex over backbone, pooling, length limit and the adapter's numbers."""
+        backbone = self.backbone
+        parts = [backbone.hash, backbone.pooling, backbone.max_tokens, self.normalize, backbone.config.dtype]
+        digest = hashlib.sha256(repr(parts).encode())
+        if not self.is_identity():
+            for name, tensor in self.adapter.state_dict().items():
+                digest.update(name.encode())
+                digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    @torch.no_grad()
+    def is_identity(self) -> bool:
+        """Whether the adapter changes nothing (as at the start), so that cached vectors of the bare backbone hold."""
+        if isinstance(self.adapter, IdentityAdapter):
+            return True
+        identity = torch.eye(self.adapter.width, device=self.device)
+        return bool(torch.equal(self.adapter(identity), identity))
+
+
+def pad(tokens: Sequence[Sequence[int]], *, device: torch.device, side: str = "right") -> tuple[Tensor, Tensor]:
+    """Make a rectangle of token lists.
+
+    Args:
+        tokens: B lists of 1 to T ids.
+        device: where the tensors go.
+        side: where padding stands, "right" or "left".
+
+    Returns:
+        int64 (B, T) ids with 0 on padding, and bool (B, T), True on tokens.
+    """
+    longest = max(len(ids) for ids in tokens)
+    input_ids = torch.zeros(len(tokens), longest, dtype=torch.int64)
+    mask = torch.zeros(len(tokens), longest, dtype=torch.bool)
+    for row, ids in enumerate(tokens):
+        place = slice(0, len(ids)) if side == "right" else slice(longest - len(ids), longest)
+        input_ids[row, place] = torch.tensor(ids)
+        mask[row, place] = True
+    return input_ids.to(device), mask.to(device)
+
+
+def pool(hidden: Tensor, mask: Tensor, how: str) -> Tensor:
+    """Make one vector of a text's hidden states.
+
+    Args:
+        hidden: float (B, T, H).
+        mask: bool or int64 (B, T), 1 on tokens; every row has at least one.
+        how: "mean" over tokens, "last" token, or "cls" (the first token).
+
+    Returns:
+        float (B, H).
+    """
+    weights = mask.to(hidden.dtype)
+    if how == "mean":
+        return (hidden * weights.unsqueeze(2)).sum(dim=1) / weights.sum(dim=1, keepdim=True)
+    count = mask.shape[1]
+    positions = torch.arange(count, device=mask.device).expand_as(mask)
+    if how == "last":
+        chosen = positions.masked_fill(mask == 0, -1).argmax(dim=1)
+    else:
+        chosen = positions.masked_fill(mask == 0, count).argmin(dim=1)
+    return hidden[torch.arange(hidden.shape[0], device=hidden.device), chosen]

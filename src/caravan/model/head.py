@@ -1,0 +1,49 @@
+"""The classifier head, which is the index: one row a document, at the start maximum-inner-product search."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from caravan.config import HeadConfig
+
+
+class FlatHead(nn.Module):
+    """One linear row a document, a learned scale, and on demand a pre-classifier layer before the rows.
+
+    Scores are s · (f(z) · Wᵀ) + b, where f is the identity or, with `hidden`, z + relu(z·P + p)·Q (the paper's MLP as
+    a residual, Q = 0 at the start). With W the document vectors, b = 0 and any s the ranking at the start is that of
+    MIPS. Sizes: B queries, C documents, H width.
+
+    Attributes:
+        rows: float32 (C, H), W.
+        bias: float32 (C,), b.
+        log_scale: float32 (), ln s.
+    """
+
+    def __init__(self, rows: Tensor, config: HeadConfig) -> None:
+        super().__init__()
+        count, width = rows.shape
+        self.rows = nn.Parameter(rows.detach().clone().to(torch.float32))
+        self.bias = nn.Parameter(torch.zeros(count, device=rows.device))
+        self.log_scale = nn.Parameter(torch.tensor(math.log(config.scale), device=rows.device))
+        self.pre = _PreClassifier(width, config.hidden).to(rows.device) if config.hidden else None
+
+    def forward(self, queries: Tensor) -> Tensor:
+        """Score every document: float32 (B, H) to logits float32 (B, C)."""
+        if self.pre is not None:
+            queries = self.pre(queries)
+        return self.log_scale.exp() * (queries @ self.rows.T) + self.bias
+
+
+class _PreClassifier(nn.Module):
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        # Fixed seed: every client of a federation must start from the same layer.
+        generator = torch.Generator().manual_seed(0)
+        self.inner = nn.Parameter(torch.randn(width, hidden, generator=generator) * (2 / width) ** 0.5)
+        self.inner_bias = nn.Parameter(torch.zeros(hidden))
+        self.outer = nn.Parameter(torch.zeros(hidden, width))
+
+    def forward(self, queries: Tensor) -> Tensor:
+        return queries + torch.relu(queries @ self.inner + self.inner_bias) @ self.outer
