@@ -18,7 +18,7 @@ class Document:
     doc_id: str
     text: str
     title: str = ""
-    metadata: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict[str, str])
 
     @property
     def content(self) -> str:
@@ -42,7 +42,7 @@ class Example:
     text: str
     doc_ids: tuple[str, ...]
     query_id: str = ""
-    columns: Mapping[str, str] = field(default_factory=dict)
+    columns: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 @dataclass(frozen=True, slots=True)

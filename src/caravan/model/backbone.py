@@ -59,7 +59,7 @@ class Backbone(nn.Module):
             return "mean" if self.family == "encoder" else "last"
         return self.config.pooling
 
-    def train(self, mode: bool = True) -> "Backbone":
+    def train(self, mode: bool = True) -> "Backbone":  # pyright: ignore[reportIncompatibleMethodOverride]
         """Stay in evaluation mode whatever is asked: frozen blocks have no dropout."""
         del mode
         return super().train(False)
@@ -125,6 +125,25 @@ class Backbone(nn.Module):
             if id(parameter) not in table:
                 parameter.data = parameter.data.to(dtype)
         return Backbone(self.config, model, self.tokenizer, self.hash)
+
+    def checkpoint_activations(self, enabled: bool) -> None:
+        """Keep only each block's input on the way forward and compute the rest again on the way back, or stop that.
+
+        Raises:
+            BackboneError: the model's code has no such support.
+        """
+        model: Any = self.model
+        if not enabled:
+            if getattr(model, "is_gradient_checkpointing", False):
+                model.gradient_checkpointing_disable()
+            return
+        if not getattr(model, "supports_gradient_checkpointing", False):
+            raise BackboneError(f"{self.config.name}: cannot checkpoint activations; set training.activation_checkpointing = false")
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        for layer in model.modules():
+            # transformers checkpoints a layer only in training mode; its children stay in evaluation mode (no dropout).
+            if hasattr(layer, "gradient_checkpointing") and layer is not model:
+                layer.training = True
 
     def reference(self) -> dict[str, Any]:
         """What a saved retriever keeps to find and verify this backbone again."""

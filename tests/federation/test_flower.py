@@ -1,0 +1,449 @@
+import importlib
+import importlib.machinery
+import io
+import logging
+import random
+import subprocess
+import sys
+import threading
+import types
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+from caravan.errors import FederationError
+from caravan.federation.flower import Failure, RoundReport, run_federation
+from caravan.federation.rounds import Update, average
+
+SITES = ["oslo", "lima", "pune"]
+
+
+def start_tensors() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {"adapter": torch.randn(4, 4, generator=generator), "scale": torch.tensor(20.0)}
+
+
+def toy_train(client: str, tensors: dict[str, torch.Tensor], round_number: int) -> Update:
+    """A step that depends on client, round and the tensors' values, so that nothing can be mixed up unseen."""
+    generator = torch.Generator().manual_seed(1000 * round_number + sum(map(ord, client)))
+    moved = {name: tensor * 0.9 + torch.randn(tensor.shape, generator=generator) for name, tensor in tensors.items()}
+    return Update(client, moved, len(client) + ord(client[0]) % 7, {"loss": float(moved["adapter"].sum())})
+
+
+def plain_loop(clients: list[str], rounds: range) -> dict[str, torch.Tensor]:
+    tensors = start_tensors()
+    for number in rounds:
+        tensors = average([toy_train(client, tensors, number) for client in clients])
+    return tensors
+
+
+def assert_same_bits(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert list(ours) == list(theirs)
+    for name, tensor in ours.items():
+        assert tensor.dtype == theirs[name].dtype
+        assert tensor.shape == theirs[name].shape
+        assert tensor.numpy().tobytes() == theirs[name].numpy().tobytes()
+
+
+def reports_of(local_train, **options) -> list[RoundReport]:
+    reports: list[RoundReport] = []
+    run_federation(
+        start_tensors(),
+        SITES,
+        local_train,
+        on_round=lambda report, _: reports.append(report),
+        **{"rounds": 1, **options},
+    )
+    return reports
+
+
+@pytest.mark.parametrize("count", [1, 3, 10, 50])
+def test_a_federated_run_equals_a_plain_loop_of_local_training_and_averaging(count):
+    clients = [f"client {index}" for index in range(count)]
+    assert_same_bits(run_federation(start_tensors(), clients, toy_train, rounds=3), plain_loop(clients, range(1, 4)))
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one():
+    checkpoints = {}
+    whole = run_federation(
+        start_tensors(),
+        SITES,
+        toy_train,
+        rounds=5,
+        on_round=lambda report, tensors: checkpoints.update({report.round: tensors}),
+    )
+    assert list(checkpoints) == [1, 2, 3, 4, 5]
+    assert_same_bits(checkpoints[5], whole)
+    resumed_reports = []
+    resumed = run_federation(
+        checkpoints[2],
+        SITES,
+        toy_train,
+        rounds=5,
+        first_round=3,
+        on_round=lambda report, _: resumed_reports.append(report.round),
+    )
+    assert resumed_reports == [3, 4, 5]
+    assert_same_bits(resumed, whole)
+
+
+def test_a_run_resumed_after_its_last_round_returns_what_it_was_given():
+    def never(client, tensors, round_number):
+        raise AssertionError("there is no round left")
+
+    assert_same_bits(run_federation(start_tensors(), SITES, never, rounds=2, first_round=3), start_tensors())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_tensors_arrive_bit_identical_on_both_legs(dtype):
+    tiny = torch.finfo(dtype).smallest_normal / 4  # subnormal
+    sent = {
+        "values": torch.tensor([0.1, -0.0, tiny, torch.finfo(dtype).max], dtype=dtype),
+        "scalar": torch.tensor(1 / 3, dtype=dtype),
+        "transposed": torch.arange(6, dtype=dtype).reshape(2, 3).T,
+        "none": torch.zeros(0, 3, dtype=dtype),
+    }
+    seen = []
+
+    def echo(client, tensors, round_number):
+        seen.append(tensors)
+        return Update(client, tensors, 1)
+
+    returned = run_federation(sent, ["a"], echo, rounds=2)
+    assert_same_bits(seen[0], {name: tensor.contiguous() for name, tensor in sent.items()})
+    assert_same_bits(seen[1], seen[0])
+    assert_same_bits(returned, seen[0])
+
+
+def test_what_a_client_does_to_its_tensors_reaches_nobody_else():
+    initial = start_tensors()
+
+    def overwrite(client, tensors, round_number):
+        assert_same_bits(tensors, start_tensors())
+        update = Update(client, {name: tensor.clone() for name, tensor in tensors.items()}, 1)
+        for tensor in tensors.values():
+            tensor.zero_()
+        return update
+
+    returned = run_federation(
+        initial, SITES, overwrite, rounds=2, on_round=lambda _, tensors: [t.zero_() for t in tensors.values()]
+    )
+    assert_same_bits(initial, start_tensors())
+    assert_same_bits(returned, start_tensors())
+
+
+def test_clients_run_in_the_given_order_in_the_calling_thread():
+    calls = []
+
+    def note(client, tensors, round_number):
+        calls.append((client, round_number, threading.current_thread() is threading.main_thread()))
+        return Update(client, tensors, 1)
+
+    before = random.getstate()
+    run_federation(start_tensors(), SITES, note, rounds=2)
+    assert calls == [(client, number, True) for number in (1, 2) for client in SITES]
+    assert random.getstate() == before
+
+
+def test_a_report_says_who_took_part_with_what():
+    reports = reports_of(toy_train, rounds=2)
+    first = {client: toy_train(client, start_tensors(), 1) for client in SITES}
+    assert [report.round for report in reports] == [1, 2]
+    assert reports[0].clients == tuple(SITES)
+    assert reports[0].examples == tuple(first[client].examples for client in SITES)
+    assert reports[0].metrics == tuple(first[client].metrics for client in SITES)
+    assert reports[0].failures == ()
+    assert reports[0].seconds > 0
+
+
+def test_the_reported_bytes_are_those_of_the_serialised_tensors():
+    def two_answer(client, tensors, round_number):
+        if client == "lima":
+            raise ValueError("nothing is sent")
+        return toy_train(client, tensors, round_number)
+
+    payload = 0
+    for tensor in start_tensors().values():
+        buffer = io.BytesIO()
+        np.save(buffer, tensor.numpy())
+        payload += len(buffer.getvalue())
+    (report,) = reports_of(two_answer)
+    assert report.bytes_down == 3 * payload
+    assert report.bytes_up == 2 * payload
+
+
+def test_a_client_is_who_its_node_is_and_not_who_it_says():
+    (report,) = reports_of(lambda client, tensors, number: Update("pune", tensors, 1))
+    assert report.clients == tuple(SITES)
+
+
+def test_a_client_that_raises_is_reported_and_the_round_goes_on_without_it():
+    def lima_fails_once(client, tensors, round_number):
+        if client == "lima" and round_number == 1:
+            raise ValueError("row 7\n  has \x1b[31mno label")
+        return toy_train(client, tensors, round_number)
+
+    after_first = {}
+    reports = []
+
+    def keep(report, tensors):
+        reports.append(report)
+        after_first.setdefault("tensors", tensors)
+
+    run_federation(start_tensors(), SITES, lima_fails_once, rounds=2, on_round=keep)
+    assert reports[0].failures == (Failure("lima", "ValueError: row 7 has [31mno label"),)
+    assert reports[0].clients == ("oslo", "pune")
+    assert_same_bits(after_first["tensors"], plain_loop(["oslo", "pune"], range(1, 2)))
+    assert reports[1].clients == tuple(SITES)
+
+
+def test_a_long_reason_is_cut():
+    def fail(client, tensors, round_number):
+        if client == "oslo":
+            raise ValueError("x" * 10_000)
+        return toy_train(client, tensors, round_number)
+
+    (report,) = reports_of(fail)
+    assert len(report.failures[0].reason) == 300
+    assert report.failures[0].reason.endswith("xxx...")
+
+
+def bad(**changes):
+    return lambda update: Update(**{**vars(update), **changes})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (
+            lambda u: Update(u.client, {**u.tensors, "scale": torch.tensor(float("nan"))}, 1),
+            "1 of 1 values of tensor scale",
+        ),
+        (lambda u: Update(u.client, {**u.tensors, "scale": torch.ones(1)}, 1), "tensor scale has shape (1,)"),
+        (
+            lambda u: Update(u.client, {**u.tensors, "scale": u.tensors["scale"].double()}, 1),
+            "tensor scale is torch.float64",
+        ),
+        (lambda u: Update(u.client, {**u.tensors, "scale": u.tensors["scale"].bfloat16()}, 1), "BFloat16"),
+        (lambda u: Update(u.client, {"scale": u.tensors["scale"]}, 1), "tensor adapter is missing"),
+        (lambda u: Update(u.client, {**u.tensors, "extra": torch.ones(1)}, 1), "tensor extra is unknown here"),
+        (bad(tensors={}), "tensor adapter, scale is missing"),
+        (bad(examples=0), "its example count is 0"),
+        (bad(examples=-5), "its example count is -5"),
+        (bad(examples=True), "the example count is True"),
+        (bad(examples=2.5), "the example count is 2.5"),
+        (bad(examples=2**70), "its example count is 1180591620717411303424"),
+        (bad(metrics={"num-examples": 3.0}), "num-examples, which Flower reserves"),
+        (lambda u: u.tensors, "local_train returned dict; return a rounds.Update"),
+        (lambda u: None, "local_train returned NoneType; return a rounds.Update"),
+    ],
+)
+def test_a_bad_update_is_refused_with_its_client_and_the_others_are_averaged(spoil, reason):
+    def local_train(client, tensors, round_number):
+        update = toy_train(client, tensors, round_number)
+        return spoil(update) if client == "pune" else update
+
+    reports = []
+    tensors = run_federation(
+        start_tensors(), SITES, local_train, rounds=1, on_round=lambda report, _: reports.append(report)
+    )
+    (failure,) = reports[0].failures
+    assert failure.client == "pune"
+    assert reason in failure.reason
+    assert "client pune" not in failure.reason  # the name stands beside it already
+    assert_same_bits(tensors, plain_loop(["oslo", "lima"], range(1, 2)))
+
+
+def test_all_clients_failing_is_an_error_that_names_them_and_never_an_empty_model():
+    def fail(client, tensors, round_number):
+        if client == "oslo":
+            raise OSError(28, "No space left on device")
+        return Update(client, {name: tensor * float("inf") for name, tensor in tensors.items()}, 1)
+
+    rounds_done = []
+    with pytest.raises(FederationError) as caught:
+        run_federation(start_tensors(), SITES, fail, rounds=3, on_round=lambda report, _: rounds_done.append(report))
+    assert str(caught.value).startswith(
+        "round 1: 0 of 3 clients sent a usable update, min_clients is 1 (oslo: OSError: "
+    )
+    assert "No space left on device; lima, pune: 16 of 16 values of tensor adapter are not finite" in str(caught.value)
+    assert rounds_done == []
+
+
+def test_fewer_usable_updates_than_asked_for_end_the_run_in_the_round_where_it_happens():
+    def oslo_leaves(client, tensors, round_number):
+        if client == "oslo" and round_number == 2:
+            raise ConnectionError("gone")
+        return toy_train(client, tensors, round_number)
+
+    rounds_done = []
+    with pytest.raises(FederationError, match=r"round 2: 2 of 3 .* min_clients is 3 \(oslo: ConnectionError: gone\)"):
+        run_federation(
+            start_tensors(),
+            SITES,
+            oslo_leaves,
+            rounds=4,
+            min_clients=3,
+            on_round=lambda report, _: rounds_done.append(report.round),
+        )
+    assert rounds_done == [1]
+
+
+def test_an_interrupt_in_a_client_stops_the_run_at_once_and_the_next_run_works():
+    calls = []
+
+    def interrupted(client, tensors, round_number):
+        calls.append(client)
+        if client == "lima":
+            raise KeyboardInterrupt
+        return toy_train(client, tensors, round_number)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_federation(start_tensors(), SITES, interrupted, rounds=3)
+    assert calls == ["oslo", "lima"]
+    assert not logging.getLogger("flwr").disabled
+    assert_same_bits(run_federation(start_tensors(), SITES, toy_train, rounds=2), plain_loop(SITES, range(1, 3)))
+
+
+def test_what_on_round_raises_reaches_the_caller_as_it_is():
+    def full_disk(report, tensors):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        run_federation(start_tensors(), SITES, toy_train, rounds=2, on_round=full_disk)
+
+
+def test_a_missing_flower_is_said_with_the_extra_that_brings_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flwr.app", None)
+    with pytest.raises(FederationError, match=r'needs Flower.*pip install "caravan\[federated\]"'):
+        run_federation(start_tensors(), SITES, toy_train, rounds=1)
+
+
+def test_a_missing_ray_is_said_with_the_extra_that_brings_it(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(FederationError, match=r'needs Ray.*pip install "caravan\[ray\]" or use backend = "inprocess"'):
+        run_federation(start_tensors(), SITES, toy_train, rounds=1, backend="ray")
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(FederationError, match="backend is 'dask'"):
+        run_federation(start_tensors(), SITES, toy_train, rounds=1, backend="dask")  # type: ignore[arg-type]
+
+
+def test_a_run_says_nothing_and_importing_the_module_loads_and_sets_nothing():
+    program = """
+import os, sys, threading
+for name in ("FLWR_TELEMETRY_ENABLED", "FLWR_DISABLE_UPDATE_CHECK"):
+    os.environ.pop(name, None)
+before = dict(os.environ)
+from caravan.federation.flower import run_federation
+from caravan.federation.rounds import Update
+import torch
+assert dict(os.environ) == before and "flwr" not in sys.modules
+def local_train(client, tensors, number):
+    if client == "b":
+        raise ValueError("no data")
+    return Update(client, tensors, 1)
+run_federation({"head": torch.ones(2)}, ["a", "b"], local_train, rounds=2)
+assert os.environ["FLWR_TELEMETRY_ENABLED"] == "0" and os.environ["FLWR_DISABLE_UPDATE_CHECK"] == "1"
+assert sys.modules["flwr.supercore.telemetry"].FLWR_TELEMETRY_ENABLED == "0"
+assert threading.active_count() == 1
+assert "flwr.simulation" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.fixture
+def simulation(monkeypatch, tmp_path):
+    """Flower's own simulation runtime with threads in place of Ray; `broken` lets it die, `tamper` spoils replies."""
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path))
+    monkeypatch.setenv("FLWR_TELEMETRY_ENABLED", "0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # typer about click, where Flower is the first to load it
+        backend = importlib.import_module("flwr.server.superlink.fleet.vce.backend.backend")
+        importlib.import_module("flwr.simulation")
+    state = types.SimpleNamespace(broken=False, tamper=lambda reply, partition: reply)
+
+    class TwoThreads(backend.Backend):
+        def __init__(self, backend_config):
+            pass
+
+        def build(self, app_fn):
+            if state.broken:
+                raise OSError("no shared memory")
+            self.client_app = app_fn()
+
+        num_workers = 2
+
+        def is_worker_idle(self):
+            return True
+
+        def terminate(self):
+            pass
+
+        def process_message(self, message, context):
+            reply = self.client_app(message, context)
+            return state.tamper(reply, context.node_config["partition-id"]), context
+
+    stand_in = types.ModuleType("raybackend")
+    stand_in.RayBackend = TwoThreads
+    monkeypatch.setitem(sys.modules, "flwr.server.superlink.fleet.vce.backend.raybackend", stand_in)
+    ray = types.ModuleType("ray")
+    ray.__spec__ = importlib.machinery.ModuleSpec("ray", None)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    return state
+
+
+def test_flowers_simulation_runtime_gives_the_same_tensors_and_the_same_reports(simulation, capfd):
+    def lima_fails_once(client, tensors, round_number):
+        if client == "lima" and round_number == 1:
+            raise ValueError("no data")
+        return toy_train(client, tensors, round_number)
+
+    ours, theirs = [], []
+    here = run_federation(start_tensors(), SITES, lima_fails_once, rounds=2, on_round=lambda r, _: ours.append(r))
+    there = run_federation(
+        start_tensors(), SITES, lima_fails_once, rounds=2, backend="ray", on_round=lambda r, _: theirs.append(r)
+    )
+    assert_same_bits(there, here)
+    assert [{**vars(report), "seconds": 0} for report in theirs] == [{**vars(report), "seconds": 0} for report in ours]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_too_few_usable_updates_end_a_run_on_the_simulation_runtime_too(simulation):
+    def fail(client, tensors, round_number):
+        raise ValueError("no data")
+
+    with pytest.raises(FederationError, match=r"round 1: 0 of 3 .*oslo, lima, pune: ValueError: no data"):
+        run_federation(start_tensors(), SITES, fail, rounds=2, backend="ray")
+
+
+def test_a_client_that_dies_and_a_reply_that_cannot_be_read_are_failures_of_their_client_alone(simulation):
+    from flwr.app import Array, ArrayRecord
+
+    def tamper(reply, partition):
+        if reply.metadata.message_type == "train" and partition == 0:
+            raise OSError("worker killed")
+        if reply.metadata.message_type == "train" and partition == 1:
+            reply.content["arrays"] = ArrayRecord({"scale": Array("float32", (1,), "numpy.ndarray", b"no such format")})
+        return reply
+
+    simulation.tamper = tamper
+    (report,) = reports_of(toy_train, backend="ray")
+    assert report.clients == ("pune",)
+    assert [failure.client for failure in report.failures] == ["oslo", "lima"]
+    assert "worker killed" in report.failures[0].reason
+    assert report.failures[1].reason.startswith("its reply cannot be read: ValueError: ")
+
+
+def test_a_simulation_runtime_that_dies_is_an_error_and_never_a_hang(simulation):
+    simulation.broken = True
+    before = set(threading.enumerate())
+    with pytest.raises(FederationError, match="simulation on Ray failed"):
+        run_federation(start_tensors(), SITES, toy_train, rounds=2, backend="ray")
+    for thread in set(threading.enumerate()) - before:
+        thread.join(timeout=5)
+    assert set(threading.enumerate()) <= before

@@ -1,0 +1,206 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional
+
+from caravan.errors import FederationError
+from caravan.federation.rounds import Failure, Update, average, check, check_plan, close_round
+
+
+def update(client: str, values: list[float], examples: int = 1) -> Update:
+    return Update(client, {"head": torch.tensor(values)}, examples)
+
+
+REFERENCE = {"head": torch.zeros(2)}
+
+
+def test_the_average_weighs_each_client_by_its_examples():
+    averaged = average([update("a", [1.0, 0.0], examples=1), update("b", [5.0, 2.0], examples=3)])
+    assert averaged["head"].tolist() == [4.0, 1.5]  # (1*1 + 3*5)/4, (1*0 + 3*2)/4
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_the_average_equals_numpys_and_keeps_shapes_and_dtype(dtype):
+    generator = torch.Generator().manual_seed(3)
+    counts = [7, 1, 250, 33]
+    updates = [
+        Update(
+            f"client-{index}",
+            {
+                "adapter": torch.randn(5, 4, generator=generator).to(dtype),
+                "bias": torch.randn((), generator=generator).to(dtype),
+            },
+            count,
+        )
+        for index, count in enumerate(counts)
+    ]
+    averaged = average(updates)
+    for name in ("adapter", "bias"):
+        stacked = np.stack([item.tensors[name].double().numpy() for item in updates])
+        expected = torch.from_numpy(np.asarray(np.average(stacked, axis=0, weights=counts)))
+        assert averaged[name].dtype == dtype
+        torch.testing.assert_close(
+            averaged[name].double(), expected.to(dtype).double(), rtol=torch.finfo(dtype).eps, atol=0
+        )
+
+
+def test_the_average_does_not_depend_on_who_answered_first():
+    generator = torch.Generator().manual_seed(4)
+    updates = [
+        Update(f"c{index}", {"head": torch.randn(64, generator=generator, dtype=torch.float64)}, 3 * index + 1)
+        for index in range(9)
+    ]
+    assert torch.equal(average(updates)["head"], average(updates[::-1])["head"])
+    assert torch.equal(average(updates)["head"], average(updates[4:] + updates[:4])["head"])
+
+
+def test_the_average_of_equal_updates_is_that_update():
+    values = torch.randn(100, generator=torch.Generator().manual_seed(5))
+    averaged = average([Update(f"c{count}", {"head": values.clone()}, count) for count in (1, 3, 7, 1000)])
+    assert torch.equal(averaged["head"], values)
+
+
+def test_the_average_of_one_update_is_a_bit_identical_copy():
+    values = torch.tensor([0.1, -0.0, 1e-42, 3.4e38])
+    averaged = average([Update("a", {"head": values}, 3)])["head"]
+    assert averaged.numpy().tobytes() == values.numpy().tobytes()
+    averaged.zero_()
+    assert values[0] != 0
+
+
+weighted_values = st.lists(
+    st.tuples(st.floats(width=32, allow_nan=False, allow_infinity=False), st.integers(1, 2**40)),
+    min_size=1,
+    max_size=12,
+)
+
+
+@given(weighted_values)
+def test_the_average_lies_between_the_smallest_and_the_largest_value(pairs):
+    updates = [update(f"c{index}", [value], examples=count) for index, (value, count) in enumerate(pairs)]
+    averaged = average(updates)["head"].item()
+    assert min(value for value, _ in pairs) <= averaged <= max(value for value, _ in pairs)
+
+
+def test_averaging_one_full_batch_step_of_each_client_is_the_central_step_on_the_pooled_data():
+    generator = torch.Generator().manual_seed(6)
+    inputs = torch.randn(60, 8, generator=generator)
+    labels = torch.randint(0, 5, (60,), generator=generator)
+    start = torch.randn(5, 8, generator=generator)
+
+    def step(rows: slice) -> torch.Tensor:
+        weight = start.clone().requires_grad_()
+        loss = functional.cross_entropy(inputs[rows] @ weight.T, labels[rows])
+        return start - 0.7 * torch.autograd.grad(loss, weight)[0]
+
+    shards = {"north": slice(0, 4), "south": slice(4, 21), "west": slice(21, 60)}
+    updates = [Update(name, {"head": step(rows)}, rows.stop - rows.start) for name, rows in shards.items()]
+    central = step(slice(0, 60))
+    assert (central - start).abs().max() > 1e-2  # a step that moves nothing would prove nothing
+    torch.testing.assert_close(average(updates)["head"], central, rtol=0, atol=1e-6)
+
+
+def test_no_update_at_all_is_an_error_and_never_an_empty_model():
+    with pytest.raises(FederationError, match="no update to average"):
+        average([])
+
+
+def test_two_updates_of_one_client_are_not_averaged():
+    with pytest.raises(FederationError, match="client a: it sent two updates"):
+        average([update("a", [1.0, 2.0]), update("b", [1.0, 2.0]), update("a", [1.0, 2.0])])
+
+
+def test_updates_that_would_only_broadcast_are_not_averaged():
+    with pytest.raises(FederationError, match=r"client b: tensor head has shape \(1,\), the global one \(2,\)"):
+        average([update("a", [1.0, 2.0]), update("b", [1.0])])
+
+
+def test_whole_number_tensors_are_not_averaged():
+    steps = Update("a", {"steps": torch.tensor([1, 2])}, 1)
+    with pytest.raises(FederationError, match=r"tensor steps is torch\.int64"):
+        average([steps, replace(steps, client="b")])
+
+
+def test_a_sound_update_passes_the_check():
+    check(update("a", [1.0, -2.0], examples=2**53), REFERENCE)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "reason"),
+    [
+        ({}, "tensor head is missing"),
+        ({"tail": torch.zeros(2)}, "tensor head is missing"),
+        ({"head": torch.zeros(2), "tail": torch.zeros(2)}, "tensor tail is unknown here; send only head"),
+        ({"head": torch.zeros(2, 1)}, r"tensor head has shape \(2, 1\), the global one \(2,\)"),
+        ({"head": torch.zeros(2, dtype=torch.float64)}, r"tensor head is torch.float64, the global one torch.float32"),
+        ({"head": torch.tensor([1.0, float("nan")])}, "1 of 2 values of tensor head are not finite"),
+        ({"head": torch.tensor([float("inf"), -float("inf")])}, "2 of 2 values of tensor head are not finite"),
+    ],
+)
+def test_a_bad_tensor_is_refused_with_the_client_and_the_reason(tensors, reason):
+    with pytest.raises(FederationError, match=f"client oslo: {reason}") as caught:
+        check(Update("oslo", tensors, 1), REFERENCE)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("examples", [0, -3, True, 2.0, float("nan"), "5", None, 2**53 + 1])
+def test_a_bad_example_count_is_refused_with_the_client_and_the_count(examples):
+    with pytest.raises(FederationError, match="client oslo: its example count is") as caught:
+        check(Update("oslo", {"head": torch.zeros(2)}, examples), REFERENCE)
+    assert repr(examples) in str(caught.value)
+
+
+def test_a_round_averages_the_usable_answers_and_names_the_others():
+    answers = {
+        "west": update("west", [2.0, 4.0], examples=1),
+        "north": "ValueError: no data",
+        "south": update("south", [float("nan"), 0.0]),
+        "east": update("east", [4.0, 8.0], examples=3),
+    }
+    averaged, updates, failures = close_round(1, answers, REFERENCE, min_clients=2)
+    assert averaged["head"].tolist() == [3.5, 7.0]
+    assert [item.client for item in updates] == ["west", "east"]
+    assert failures == (
+        Failure("north", "ValueError: no data"),
+        Failure("south", "1 of 2 values of tensor head are not finite; lower its learning rate"),
+    )
+
+
+def test_too_few_usable_answers_end_the_run_with_every_reason_said_once():
+    answers = {
+        "a": "disk full",
+        "b": update("b", [1.0, 1.0]),
+        "c": "disk full",
+        "d": update("d", [1.0, 1.0], examples=0),
+    }
+    with pytest.raises(FederationError) as caught:
+        close_round(7, answers, REFERENCE, min_clients=2)
+    assert str(caught.value) == (
+        "round 7: 1 of 4 clients sent a usable update, min_clients is 2 (a, c: disk full; d: its example count is 0; "
+        "a whole number from 1 to 2**53 is needed); repair those clients or lower min_clients"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"initial": {}}, "no tensors to train"),
+        ({"initial": {"head": torch.zeros(2, dtype=torch.bfloat16)}}, r"head is torch.bfloat16, which cannot be sent"),
+        ({"initial": {"head": torch.zeros(2, dtype=torch.int64)}}, r"head is torch.int64, which cannot be sent"),
+        ({"initial": {"head": torch.tensor([float("nan")])}}, "head is not finite at the start"),
+        ({"clients": []}, r"one or more clients of distinct names, got \[\]"),
+        ({"clients": ["a", "b", "a"]}, "distinct names"),
+        ({"rounds": 0, "first_round": 0}, "first_round is 0"),
+        ({"rounds": 3, "first_round": 5}, "first_round is 5, rounds is 3"),
+        ({"min_clients": 0}, "min_clients is 0"),
+        ({"min_clients": 3}, "min_clients is 3 of 2 clients"),
+    ],
+)
+def test_a_plan_that_cannot_be_carried_out_is_refused(changes, reason):
+    plan = {"initial": REFERENCE, "clients": ["a", "b"], "rounds": 1, "first_round": 1, "min_clients": 1, **changes}
+    with pytest.raises(FederationError, match=reason):
+        check_plan(**plan)
