@@ -1,66 +1,137 @@
-"""Files that are either whole or absent: written under a temporary name, then renamed."""
+"""Files and folders that are either whole or absent: written under a temporary name, then renamed."""
 
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from caravan.errors import StorageError
+from safetensors import SafetensorError
+
+from caravan.errors import CaravanError, StorageError
+
+# safetensors reports a full disk or a missing right as an error of its own, which is no OSError.
+_FAILURES = (OSError, SafetensorError)
+
+
+def make_folder(path: str | Path) -> Path:
+    """Make a folder and those above it, unless they are there.
+
+    Raises:
+        StorageError: it cannot be made (no right, disk full, a file in the way).
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise _cannot_write(path, error) from None
+    return Path(path)
 
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
     """Give a temporary path to write; on success it becomes `path`, on any error it is removed and `path` stays.
 
+    The folder of `path` must be there. Through a symbolic link, the file it points to is replaced.
+
     Raises:
-        StorageError: the place cannot be written (no such folder, no right, disk full).
+        StorageError: the place cannot be written (no such folder, no right, disk full), or `path` is no plain file.
     """
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    target = _target(path)
+    temporary = _beside(target, "tmp")
     try:
+        if target.exists() and not target.is_file():
+            raise StorageError(f"{path}: is a folder or a device, a file is to be written there; choose another name")
+        # Made at once: a place that cannot be written is known before the work, and the file gets the usual rights
+        # even if a library replaces it by one of its own.
+        temporary.touch(exist_ok=False)
+        rights = stat.S_IMODE((target if target.exists() else temporary).stat().st_mode)
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        with suppress(OSError):  # not every file system has rights
+            temporary.chmod(rights)
+        _flush(temporary)
         temporary.replace(target)
-    except OSError as error:
-        raise _cannot_write(target, error) from None
+    except _FAILURES as error:
+        raise _cannot_write(path, error) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # where even this fails, the first error is the one to be told
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def whole_folder(path: str | Path) -> Iterator[Path]:
     """Give a temporary folder to fill; on success it takes the place of `path`, on any error `path` stays as it was.
 
+    Folders above `path` are made, and removed again on an error. Two renames put the new folder in the place of an old
+    one: a kill in the instant between them leaves the old one beside it, named `.….old`.
+
     Raises:
         StorageError: the place cannot be written (no right, disk full), or `path` is a file.
     """
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    retired = target.with_name(f".{target.name}.{secrets.token_hex(4)}.old")
-    if target.exists() and not target.is_dir():
-        raise StorageError(f"{target}: is a file, a folder is to be written there; choose another name")
+    target = _target(path)
+    temporary, retired = _beside(target, "tmp"), _beside(target, "old")
+    missing: list[Path] = []
     try:
+        if target.exists() and not target.is_dir():
+            raise StorageError(f"{path}: is a file, a folder is to be written there; choose another name")
+        missing = [parent for parent in target.parents if not parent.exists()]
         temporary.mkdir(parents=True)
         yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _flush(file)
         if target.exists():
-            target.rename(retired)
-        try:
-            temporary.rename(target)
-        except OSError:
-            if retired.exists():
-                retired.rename(target)
-            raise
-    except OSError as error:
-        raise _cannot_write(target, error) from None
+            shutil.copymode(target, temporary)  # what was private stays private
+        _swap(temporary, target, retired)
+    except _FAILURES as error:
+        raise _cannot_write(path, error) from None
+    except CaravanError as error:
+        # What was written inside names the temporary folder, which the reader of the message will never see.
+        raise type(error)(str(error).replace(str(temporary), str(path))) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError):  # where even looking fails, the first error is the one to be told
+            if target.exists():
+                shutil.rmtree(retired, ignore_errors=True)
+            else:
+                for parent in missing:
+                    parent.rmdir()
+
+
+def _swap(temporary: Path, target: Path, retired: Path) -> None:
+    try:
         if target.exists():
-            shutil.rmtree(retired, ignore_errors=True)
+            target.rename(retired)
+        temporary.rename(target)
+    except BaseException:  # an interrupt from the keyboard, too
+        if retired.exists() and not target.exists():
+            retired.rename(target)
+        raise
 
 
-def _cannot_write(target: Path, error: OSError) -> StorageError:
-    reason = error.strerror or str(error)
-    return StorageError(f"{target}: cannot be written: {reason}; choose a writable place with free space")
+def _target(path: str | Path) -> Path:
+    """The place to write: behind symbolic links, so that a rename replaces what they point to and not the link."""
+    try:
+        target = Path(os.path.realpath(path))
+    except (OSError, ValueError) as error:
+        raise _cannot_write(path, error) from None
+    if not target.name:
+        raise StorageError(f"{path}: is the root of the file system; choose a folder below it")
+    return target
+
+
+def _beside(target: Path, ending: str) -> Path:
+    # In the same folder, since a rename does not cross file systems; cut, since names have at most 255 bytes.
+    return target.with_name(f".{target.name[:48]}.{secrets.token_hex(4)}.{ending}")
+
+
+def _flush(file: Path) -> None:
+    """Have the disk take the file now: a full disk may show only here, and a power cut must not follow the rename."""
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def _cannot_write(path: str | Path, error: Exception) -> StorageError:
+    reason = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
+    return StorageError(f"{path}: cannot be written: {reason}; choose a writable place with free space")

@@ -170,7 +170,7 @@ def test_a_text_of_one_mebibyte_is_read_and_one_byte_more_is_refused(tmp_path):
 
 
 def test_a_deeply_nested_extra_column_is_kept_or_refused_but_never_crashes(tmp_path):
-    for depth in (900, 950, 980, 990, 1000):
+    for depth in range(800, 1001):
         content = '{"text": "q", "label": "x", "deep": ' + "[" * depth + "]" * depth + "}\n"
         message = refusal(lambda content=content: examples(tmp_path, content, name="train.jsonl"))
         assert message is None or "line 1" in message

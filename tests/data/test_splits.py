@@ -95,3 +95,11 @@ def test_selecting_copies_references_in_memory_and_views_anything_else():
     examples = made(*"abc")
     assert select(examples, [2, 0]) == (examples[2], examples[0])
     assert isinstance(select(Selection(examples, [0, 1, 2]), [2]), Selection)
+
+
+def test_a_label_that_cannot_give_its_share_does_not_strip_the_next_one():
+    # "a" owes 15.5 of 31 but has 30 equal texts and one other; "b" owes 10 of 20, and one more at most.
+    texts = "x" * 30 + "y" + "".join(chr(0x4E00 + number) for number in range(20))
+    for seed in range(10):
+        _, validation = cut_validation(made(*"a" * 31, *"b" * 20, texts=texts), 0.5, seed=seed)
+        assert 10 <= sum(example.doc_ids == ("b",) for example in validation) <= 11

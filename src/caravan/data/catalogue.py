@@ -1,7 +1,6 @@
 """The catalogue: which document stands in which row, stable and saved beside the head that scores it."""
 
 import json
-import tempfile
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from hashlib import sha256
@@ -10,7 +9,8 @@ from pathlib import Path
 from caravan.data.formats import read_documents
 from caravan.data.records import Document, Example
 from caravan.data.tables import BadRows, shown
-from caravan.errors import DataError, StorageError
+from caravan.errors import DataError
+from caravan.files import whole_file
 
 
 class Catalogue:
@@ -91,20 +91,9 @@ class Catalogue:
         Raises:
             StorageError: the file cannot be written.
         """
-        path = Path(path)
-        temporary: Path | None = None
-        try:
-            with tempfile.NamedTemporaryFile(
-                "w", encoding="utf-8", newline="\n", dir=path.parent, prefix=f".{path.name}-", delete=False
-            ) as file:
-                temporary = Path(file.name)
-                for document in self.documents:
-                    file.write(json.dumps(_document_as_json(document)) + "\n")
-            temporary.replace(path)
-        except OSError as error:
-            if temporary is not None:
-                temporary.unlink(missing_ok=True)
-            raise StorageError(f"{path}: cannot be written: {error.strerror or error}; choose another folder") from None
+        with whole_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
+            for document in self.documents:
+                file.write(json.dumps(_document_as_json(document)) + "\n")
 
     @classmethod
     def read(cls, path: str | Path) -> "Catalogue":

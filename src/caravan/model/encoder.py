@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from caravan.errors import DataError
-from caravan.model.adapter import Adapter, IdentityAdapter
+from caravan.errors import BackboneError, DataError
+from caravan.model.adapter import Adapter
 from caravan.model.backbone import Backbone
 
 
@@ -70,15 +70,18 @@ class Encoder(nn.Module):
         """Turn texts into token ids.
 
         Raises:
-            DataError: a text is empty or holds characters that are no Unicode text (lone surrogates).
+            DataError: a text is empty, no string, or holds characters that are no Unicode text (lone surrogates).
         """
-        for number, text in enumerate(texts):
+        for number, text in enumerate(texts, start=1):
+            where = f"text {number} of {len(texts)}"
+            if not isinstance(text, str):
+                raise DataError(f"{where} is of type {type(text).__name__}; give a string")
             if not text.strip():
-                raise DataError(f"text {number + 1} of {len(texts)} is empty; give at least one word")
+                raise DataError(f"{where} is empty; give at least one word")
             try:
                 text.encode("utf-8")
             except UnicodeEncodeError:
-                raise DataError(f"text {number + 1} of {len(texts)} holds a lone surrogate, which is no character; remove it") from None
+                raise DataError(f"{where} holds a lone surrogate, which is no character; remove it") from None
         return self.backbone.tokenize(texts)
 
     @torch.no_grad()
@@ -98,7 +101,8 @@ class Encoder(nn.Module):
             float32 (B, H) on the encoder's device; rows have L2 norm 1 when `normalize` is set.
 
         Raises:
-            DataError: a text is empty.
+            DataError: a text is empty, no string, or no Unicode text.
+            BackboneError: the states overflow the dtype in which the blocks compute.
         """
         tokens = self.tokenize(texts)
         order = sorted(range(len(tokens)), key=lambda index: len(tokens[index]))
@@ -109,6 +113,12 @@ class Encoder(nn.Module):
             vectors[torch.tensor(chosen, device=self.device)] = self(input_ids, mask)
             if progress is not None:
                 progress(len(chosen))
+        if not torch.isfinite(vectors).all():
+            config = self.backbone.config
+            raise BackboneError(
+                f"{config.name} in {config.dtype} gives vectors that are not finite for some texts; "
+                f'set backbone.dtype = "float32"'
+            )
         return vectors
 
     def key(self) -> str:
@@ -117,18 +127,19 @@ class Encoder(nn.Module):
         parts = [backbone.hash, backbone.pooling, backbone.max_tokens, self.normalize, backbone.config.dtype]
         digest = hashlib.sha256(repr(parts).encode())
         if not self.is_identity():
-            for name, tensor in self.adapter.state_dict().items():
+            # Buffers too: the frozen frame of a core adapter is not saved, but another seed is another map.
+            for name, tensor in (*self.adapter.named_parameters(), *self.adapter.named_buffers()):
                 digest.update(name.encode())
                 digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
-    @torch.no_grad()
     def is_identity(self) -> bool:
         """Whether the adapter changes nothing (as at the start), so that cached vectors of the bare backbone hold."""
-        if isinstance(self.adapter, IdentityAdapter):
-            return True
-        identity = torch.eye(self.adapter.width, device=self.device)
-        return bool(torch.equal(self.adapter(identity), identity))
+        return self.adapter.is_identity()
+
+    def folded_table(self) -> Tensor:
+        """Give the token-embedding table, float32 (V, E), with which the plain backbone gives this encoder's states."""
+        return self.adapter.fold(self.backbone.table.weight, scale=self.backbone.embedding_scale)
 
 
 def pad(tokens: Sequence[Sequence[int]], *, device: torch.device, side: str = "right") -> tuple[Tensor, Tensor]:
@@ -163,13 +174,13 @@ def pool(hidden: Tensor, mask: Tensor, how: str) -> Tensor:
     Returns:
         float (B, H).
     """
-    weights = mask.to(hidden.dtype)
     if how == "mean":
-        return (hidden * weights.unsqueeze(2)).sum(dim=1) / weights.sum(dim=1, keepdim=True)
-    count = mask.shape[1]
-    positions = torch.arange(count, device=mask.device).expand_as(mask)
+        # Padding is left out, not multiplied by 0: what stands there need not be finite.
+        total = hidden.masked_fill(mask.unsqueeze(2) == 0, 0).sum(dim=1)
+        return total / mask.sum(dim=1, keepdim=True)
+    columns = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
     if how == "last":
-        chosen = positions.masked_fill(mask == 0, -1).argmax(dim=1)
+        chosen = columns.masked_fill(mask == 0, -1).argmax(dim=1)
     else:
-        chosen = positions.masked_fill(mask == 0, count).argmin(dim=1)
+        chosen = columns.masked_fill(mask == 0, mask.shape[1]).argmin(dim=1)
     return hidden[torch.arange(hidden.shape[0], device=hidden.device), chosen]

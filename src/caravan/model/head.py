@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from caravan.config import HeadConfig
 
@@ -47,3 +48,27 @@ class _PreClassifier(nn.Module):
 
     def forward(self, queries: Tensor) -> Tensor:
         return queries + torch.relu(queries @ self.inner + self.inner_bias) @ self.outer
+
+
+class OutputAdapterHead(nn.Module):
+    """A rival to the input-side adapter: a square map after the encoder, in front of fixed document rows.
+
+    Scores are s · norm(z·M) · Wᵀ with W fixed and M = I at the start; nothing is backpropagated through the encoder.
+
+    Attributes:
+        matrix: float32 (H, H), M.
+        log_scale: float32 (), ln s.
+        rows: float32 (C, H), W, not trained.
+    """
+
+    rows: Tensor
+
+    def __init__(self, rows: Tensor, config: HeadConfig) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.eye(rows.shape[1], device=rows.device))
+        self.log_scale = nn.Parameter(torch.tensor(math.log(config.scale), device=rows.device))
+        self.register_buffer("rows", rows.detach().clone().to(torch.float32), persistent=False)
+
+    def forward(self, queries: Tensor) -> Tensor:
+        """Score every document: float32 (B, H) to logits float32 (B, C)."""
+        return self.log_scale.exp() * functional.normalize(queries @ self.matrix, dim=1) @ self.rows.T

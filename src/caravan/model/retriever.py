@@ -24,6 +24,9 @@ class Retriever(nn.Module):
         head: float32 (B, H) to logits float32 (B, C).
         catalogue: document ids, titles and texts by row.
         record: what is saved beside the tensors: settings, history, versions, metrics.
+
+    Raises:
+        DataError: the head has not one row a document, or rows of another width than the vectors.
     """
 
     def __init__(
@@ -36,6 +39,11 @@ class Retriever(nn.Module):
         head_config: HeadConfig,
     ) -> None:
         super().__init__()
+        if head.rows.shape != (len(catalogue), encoder.width):
+            raise DataError(
+                f"a head with rows {tuple(head.rows.shape)} does not fit {len(catalogue)} documents and vectors of "
+                f"width {encoder.width}; give one row a document"
+            )
         self.encoder = encoder
         self.head = head
         self.catalogue = catalogue
@@ -90,9 +98,13 @@ class Retriever(nn.Module):
             raise StorageError(f"the tensors do not fit this retriever: missing {missing}, unknown {unknown}")
         for name, parameter in parameters.items():
             if state[name].shape != parameter.shape:
-                raise StorageError(f"{name} has shape {tuple(state[name].shape)}, this retriever needs {tuple(parameter.shape)}")
+                raise StorageError(
+                    f"{name} has shape {tuple(state[name].shape)}, this retriever needs {tuple(parameter.shape)}"
+                )
             if not torch.isfinite(state[name]).all():
-                raise StorageError(f"{name} holds values that are not finite; the file is damaged or the training diverged")
+                raise StorageError(
+                    f"{name} holds values that are not finite; the file is damaged or the training diverged"
+                )
         for name, parameter in parameters.items():
             parameter.copy_(state[name])
 
@@ -106,7 +118,7 @@ class Retriever(nn.Module):
             yield self.head(vectors[start : start + batch_size])
 
     @overload
-    def search(self, text: str, k: int = 10) -> list[Hit]: ...
+    def search(self, text: str, k: int = 10) -> list[Hit]: ...  # pyright: ignore[reportOverlappingOverload]
 
     @overload
     def search(self, text: Sequence[str], k: int = 10) -> list[list[Hit]]: ...
@@ -119,10 +131,11 @@ class Retriever(nn.Module):
             k: hits a query; above the number of documents it means all.
 
         Returns:
-            Hits, best first; a list of such lists for several queries.
+            Hits, best first, of equal scores the document that comes first in the catalogue; a list of such lists for
+            several queries.
 
         Raises:
-            DataError: a query is empty or k is below 1.
+            DataError: a query is empty or no text, or k is below 1.
         """
         if k < 1:
             raise DataError(f"k = {k}: ask for at least one hit")
@@ -131,20 +144,29 @@ class Retriever(nn.Module):
         return [hits for scores in self.score_batches(text) for hits in self._hits(scores, k)]
 
     def _hits(self, scores: Tensor, k: int) -> Iterator[list[Hit]]:
-        probability = scores.softmax(dim=1)
-        best = scores.topk(min(k, scores.shape[1]), dim=1)
-        for query, rows in enumerate(best.indices.tolist()):
+        probabilities = scores.softmax(dim=1)
+        for query, rows in enumerate(_best_rows(scores, k)):
+            values, shares = scores[query, rows].tolist(), probabilities[query, rows].tolist()
             hits = []
-            for rank, row in enumerate(rows, start=1):
+            for rank, (row, score, probability) in enumerate(zip(rows.tolist(), values, shares, strict=True), start=1):
                 document = self.catalogue.document(row)
                 hits.append(
                     Hit(
                         rank=rank,
                         doc_id=document.doc_id,
-                        score=float(scores[query, row]),
-                        probability=float(probability[query, row]),
+                        score=score,
+                        probability=probability,
                         title=document.title,
                         text=document.text,
                     )
                 )
             yield hits
+
+
+def _best_rows(scores: Tensor, k: int) -> Iterator[Tensor]:
+    # topk alone promises no order among equals; sorting all rows would, but is slow for a large catalogue.
+    bars = scores.topk(min(k, scores.shape[1]), dim=1).values[:, -1]
+    for query, bar in zip(scores, bars, strict=True):
+        rows = (query >= bar).nonzero().squeeze(1)
+        order = query[rows].sort(descending=True, stable=True).indices
+        yield rows[order[:k]]

@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
-import torch
+import numpy as np
 
 _WINDOW = 50  # batches that are sorted by length together: enough to save padding, few enough to stay random
+_WINDOWS = 4  # at least so many an epoch: sorted as a whole, a small data set would give the same batches every epoch
 
 
 def epoch_batches(lengths: Sequence[int], batch_size: int, *, seed: int, epoch: int) -> list[list[int]]:
@@ -12,18 +13,20 @@ def epoch_batches(lengths: Sequence[int], batch_size: int, *, seed: int, epoch: 
 
     Args:
         lengths: N token counts (all equal when length does not matter).
-        batch_size: examples a batch; the last one may be smaller.
-        seed: with `epoch`, decides the order; the same pair gives the same batches.
-        epoch: number of the epoch in the whole training, from 0.
+        batch_size: examples a batch; the last one made, at any place in the list, may be smaller.
+        seed: with `epoch`, decides the order; the same pair gives the same batches. From 0, of any size.
+        epoch: number of the epoch in the whole training, from 0 to 2**32 - 1.
 
     Returns:
-        Lists of example numbers; together each number from 0 to N - 1 once.
+        Lists of example numbers; together each number from 0 to N - 1 once. Within a batch, shorter texts come first.
     """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = torch.randperm(len(lengths), generator=generator).tolist()
+    # Not torch's generator: it looks at the lower 32 bits of its one seed only. The epoch comes first because it fills
+    # exactly one word of NumPy's seed sequence, so no two pairs are mixed up.
+    generator = np.random.default_rng([epoch, seed])
+    order = generator.permutation(len(lengths)).tolist()
+    window = batch_size * max(1, min(_WINDOW, len(order) // (batch_size * _WINDOWS)))
     batches = []
-    for start in range(0, len(order), batch_size * _WINDOW):
-        window = sorted(order[start : start + batch_size * _WINDOW], key=lambda index: lengths[index])
-        batches.extend(window[cut : cut + batch_size] for cut in range(0, len(window), batch_size))
-    shuffled = torch.randperm(len(batches), generator=generator).tolist()
-    return [batches[index] for index in shuffled]
+    for start in range(0, len(order), window):
+        chosen = sorted(order[start : start + window], key=lambda index: lengths[index])
+        batches.extend(chosen[cut : cut + batch_size] for cut in range(0, len(chosen), batch_size))
+    return [batches[index] for index in generator.permutation(len(batches)).tolist()]

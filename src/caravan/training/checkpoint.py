@@ -1,7 +1,6 @@
 """Where a training stands, in one safetensors file, so that a killed run goes on as if nothing had happened."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from caravan.errors import StorageError
-from caravan.files import whole_file
+from caravan.files import make_folder, whole_file
 
 
 @dataclass
@@ -42,15 +41,9 @@ class Checkpoint:
         """
         header = {"fingerprint": self.fingerprint, "values": json.dumps(snapshot.values)}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in snapshot.tensors.items()}
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise StorageError(f"{self.path.parent}: cannot be made: {error.strerror}; choose a writable place") from None
+        make_folder(self.path.parent)
         with whole_file(self.path) as temporary:
-            try:
-                save_file(tensors, temporary, header)
-            except SafetensorError as error:
-                raise StorageError(f"{self.path}: cannot be written: {error}; choose a place with free space") from None
+            save_file(tensors, temporary, header)
 
     def load(self) -> Snapshot | None:
         """Give the snapshot on disk, or None when there is none.
@@ -58,19 +51,41 @@ class Checkpoint:
         Raises:
             StorageError: the file is damaged, or belongs to other data or settings.
         """
-        if not self.path.is_file():
-            return None
         try:
+            if not self.path.exists():
+                return None
             with safe_open(self.path, framework="pt") as file:
-                header: Mapping[str, str] = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-                values = json.loads(header.get("values", "null"))
-        except (SafetensorError, OSError, ValueError) as error:
-            raise StorageError(f"{self.path}: the checkpoint is damaged ({error}); start again without --resume") from None
-        if header.get("fingerprint") != self.fingerprint:
-            raise StorageError(f"{self.path}: the checkpoint is of other data or settings; repeat the command it was started with, or start again without --resume")
+                header = file.metadata() or {}
+                if header.get("fingerprint") != self.fingerprint:
+                    raise self.refusal("it is of other data or settings")
+                values = json.loads(header["values"])
+                # Clones, because the originals are a view of a file that the next save replaces.
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a mapping
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise StorageError(
+                f"{self.path}: the checkpoint is damaged or cannot be read ({_one_line(error)}); "
+                "start again without --resume"
+            ) from None
         return Snapshot(tensors, values)
 
+    def refusal(self, reason: str) -> StorageError:
+        """Make the error that says why the snapshot cannot be taken up by the training at hand."""
+        return StorageError(
+            f"{self.path}: the checkpoint cannot be taken up: {reason}; repeat the command it was started with, "
+            "or start again without --resume"
+        )
+
     def clear(self) -> None:
-        """Remove the snapshot."""
-        self.path.unlink(missing_ok=True)
+        """Remove the snapshot, if there is one.
+
+        Raises:
+            StorageError: it cannot be removed.
+        """
+        try:
+            self.path.unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError(f"{self.path}: cannot be removed: {error.strerror}; remove it yourself") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

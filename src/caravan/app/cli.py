@@ -1,0 +1,333 @@
+"""The command line: parse, call one function, print."""
+
+import io
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from caravan import __version__
+from caravan.app.options import build_config, parse_settings
+from caravan.errors import CaravanError
+
+if TYPE_CHECKING:
+    from caravan.app.comparison import Comparison
+    from caravan.app.display import Bars
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="""Train a retriever on a frozen small language model, on one machine or across many.
+
+A query goes through a frozen model with a small trainable adapter on its token embeddings, and a trainable
+classifier head scores every document. Only adapter and head are trained, saved and sent.
+
+    caravan demo
+    caravan train helpdesk --out my-retriever
+    caravan search my-retriever "flat after 10 km??"
+""",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output instead of text.")]
+Report = Annotated[
+    str | None,
+    typer.Option(metavar="DIR", help="Also write results.json, table.md, plots, TREC runs and qrels into this folder."),
+]
+Rivals = Annotated[
+    bool | None, typer.Option("--baselines/--no-baselines", help="Print BM25, MIPS, centroids, 1-NN, ... beside ours.")
+]
+Config = Annotated[
+    str | None, typer.Option("--config", "-c", metavar="FILE", help="A TOML file; options given here win over it.")
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Any setting, e.g. --set training.adapter.batch_size=64. Repeatable."
+    ),
+]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        typer.echo(f"caravan {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    out: Annotated[str, typer.Option(help="Where the trained retriever goes.")] = "runs/helpdesk",
+    config: Config = None,
+    setting: Set = None,
+    report: Report = None,
+    as_json: Json = False,
+) -> None:
+    """Train on the bundled help desk, centrally and on four sites, and show where MIPS is wrong.
+
+    Takes a few minutes on two cores.
+
+        caravan demo
+        caravan search runs/helpdesk "the bike forgot my phone"
+    """
+    from caravan.app.demo import run_demo
+
+    settings = build_config(config, setting, {})
+    with _work(as_json) as bars:
+        result = run_demo(settings, out, report=bars)
+    _show_comparison(result.comparison, report, as_json, {"model": out, "searches": result.searches_dict()})
+    if not as_json:
+        from caravan.app.display import print_searches
+
+        print_searches(result)
+        typer.echo(f'\nSaved to {out}. Ask it something: caravan search {out} "flat after 10 km??"')
+
+
+@app.command()
+def train(
+    data: Annotated[
+        str | None, typer.Argument(help="helpdesk, a file, a folder, or a Hugging Face data set id.")
+    ] = None,
+    out: Annotated[str | None, typer.Option("--out", "-o", help="Folder for the trained retriever.")] = None,
+    config: Config = None,
+    setting: Set = None,
+    mode: Annotated[str | None, typer.Option(help="adapter: adapter and head; head: the head alone (fast).")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the data in the last stage.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Queries a step in the last stage.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of the adapter, or of the head in head mode.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="full, lowrank, core or none.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Of a lowrank or core adapter.")] = None,
+    backbone: Annotated[str | None, typer.Option(help="minilm, a model folder, or a Hugging Face id.")] = None,
+    pooling: Annotated[str | None, typer.Option(help="auto, mean, last or cls.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps, ...")] = None,
+    clients: Annotated[int | None, typer.Option(help="Train on this many clients that do not pool queries.")] = None,
+    partition_by: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="One client a value of this column.")
+    ] = None,
+    dirichlet: Annotated[
+        float | None, typer.Option(metavar="ALPHA", help="Deal each document's queries unevenly.")
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(help="Rounds of averaging; the epochs are divided over them.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same result.")] = None,
+    documents: Annotated[str | None, typer.Option(metavar="FILE", help="doc_id,text[,title,metadata].")] = None,
+    test: Annotated[str | None, typer.Option(metavar="FILE", help="Test queries.")] = None,
+    text_column: Annotated[str | None, typer.Option(help="The query's column.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="The document id's column.")] = None,
+    on_bad_row: Annotated[
+        str | None, typer.Option(help="fail (default) or skip malformed rows and count them.")
+    ] = None,
+    baselines: Rivals = None,
+    report: Report = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where a killed run of the same command stood.")
+    ] = False,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Print all settings as TOML and exit.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a retriever, measure it beside its rivals, and save it.
+
+    caravan train helpdesk -o my-retriever
+    caravan train queries.csv --documents faq.csv --test held-out.csv -o faq-retriever --mode head
+    caravan train helpdesk -o sites --partition-by site --rounds 5
+    caravan train --print-config > caravan.toml
+    caravan train -c caravan.toml -o my-retriever --set training.adapter.epochs=8
+    """
+    partition = "column" if partition_by else "dirichlet" if dirichlet is not None else None
+    settings = build_config(
+        config,
+        setting,
+        {
+            "seed": seed,
+            "data.path": data,
+            "data.documents": documents,
+            "data.test": test,
+            "data.text_column": text_column,
+            "data.label_column": label_column,
+            "data.on_bad_row": on_bad_row,
+            "backbone.name": backbone,
+            "backbone.pooling": pooling,
+            "backbone.device": device,
+            "adapter.kind": adapter,
+            "adapter.rank": rank,
+            "training.mode": mode,
+            "federation.clients": clients,
+            "federation.partition": partition,
+            "federation.column": partition_by,
+            "federation.alpha": dirichlet,
+            "federation.rounds": rounds,
+            "evaluation.baselines": baselines,
+        },
+        last_stage={"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate},
+    )
+    if print_config:
+        typer.echo(settings.to_toml(), nl=False)
+        return
+    if out is None:
+        raise typer.BadParameter("name a folder for the trained retriever, e.g. --out my-retriever", param_hint="--out")
+    from caravan.app.experiment import run_experiment
+
+    with _work(as_json, resume_hint=True) as bars:
+        comparison, retriever = run_experiment(settings, out, resume=resume, report=bars)
+    extra = {"model": out, "latency": retriever.record.get("latency"), "seconds": retriever.record["seconds"]}
+    if comparison is not None:
+        _show_comparison(comparison, report, as_json, extra)
+    elif as_json:
+        _print_json(extra)
+    if not as_json:
+        typer.echo(
+            f"Saved to {out}." + ("" if comparison else " Nothing was measured: the data has no held-out queries.")
+        )
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A folder that `caravan train` wrote.")],
+    data: Annotated[
+        str | None, typer.Argument(help="What to evaluate on; the data it was trained on if left out.")
+    ] = None,
+    setting: Set = None,
+    baselines: Rivals = None,
+    report: Report = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a saved retriever on the test split, beside its rivals.
+
+    caravan evaluate my-retriever
+    caravan evaluate my-retriever other-data/ --no-baselines --json
+    """
+    compare([model], data=data, setting=setting, baselines=baselines, report=report, as_json=as_json)
+
+
+@app.command()
+def compare(
+    models: Annotated[list[str], typer.Argument(help="Folders that `caravan train` wrote.")],
+    data: Annotated[
+        str | None, typer.Option(help="What to compare on; the first model's training data if left out.")
+    ] = None,
+    setting: Set = None,
+    baselines: Rivals = None,
+    report: Report = None,
+    as_json: Json = False,
+) -> None:
+    """Measure several saved retrievers and their rivals on the same queries.
+
+    caravan compare central federated
+    caravan compare head adapter --data helpdesk --report results/
+    """
+    from caravan.app.experiment import compare_saved
+
+    with _work(as_json) as bars:
+        comparison, latency = compare_saved(models, data, parse_settings(setting), baselines=baselines, report=bars)
+    _show_comparison(comparison, report, as_json, {"latency": latency})
+
+
+@app.command()
+def search(
+    model: Annotated[str, typer.Argument(help="A folder that `caravan train` wrote.")],
+    queries: Annotated[
+        list[str] | None, typer.Argument(help="One or more queries; read from standard input if left out.")
+    ] = None,
+    k: Annotated[int, typer.Option("-k", help="Hits a query.")] = 5,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Find the documents that answer.
+
+    caravan search my-retriever "flat after 10 km??"
+    cat queries.txt | caravan search my-retriever -k 3 --json
+    """
+    from caravan.app.display import print_hits
+    from caravan.storage import load
+
+    asked = list(queries) if queries else [line.strip() for line in sys.stdin if line.strip()]
+    if not asked:
+        raise typer.BadParameter("give at least one query, as an argument or on standard input", param_hint="QUERIES")
+    results = load(model, device=device).search(asked, k)
+    if as_json:
+        from dataclasses import asdict
+
+        rows = [
+            {"query": query, "hits": [asdict(hit) for hit in hits]} for query, hits in zip(asked, results, strict=True)
+        ]
+        _print_json({"results": rows})
+    else:
+        print_hits(asked, results)
+
+
+@app.command()
+def info(
+    model: Annotated[
+        str | None, typer.Argument(help="A folder that `caravan train` wrote; the installation if left out.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a saved retriever is, or what this installation has.
+
+    caravan info my-retriever
+    caravan info --json
+    """
+    from caravan.app.display import describe_installation, describe_model, print_facts
+
+    facts = describe_installation() if model is None else describe_model(model)
+    if as_json:
+        _print_json(facts)
+    else:
+        print_facts(facts)
+
+
+def main() -> None:
+    """Run the command line: exit code 0, 1 for an error a user can act on, 2 for wrong usage, 130 when interrupted."""
+    warnings.simplefilter("ignore")
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    for stream in (sys.stdout, sys.stderr):
+        # A query may hold any character; a terminal that cannot show one must not end the program.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        app()
+    except CaravanError as error:
+        typer.echo(f"{type(error).__name__}: {' '.join(str(error).split())}", err=True)
+        sys.exit(1)
+
+
+@contextmanager
+def _work(as_json: bool, *, resume_hint: bool = False) -> Iterator["Bars"]:
+    from caravan.app.display import Bars
+
+    try:
+        with Bars(quiet=as_json) as bars:
+            yield bars
+    except KeyboardInterrupt:
+        typer.echo("Interrupted." + (" Repeat the command with --resume to go on." if resume_hint else ""), err=True)
+        raise typer.Exit(130) from None
+
+
+def _show_comparison(comparison: "Comparison", report: str | None, as_json: bool, extra: dict[str, Any]) -> None:
+    from caravan.app.display import print_comparison
+
+    if report is not None:
+        from caravan.app.report import write_report
+
+        write_report(report, comparison, extra)
+    if as_json:
+        _print_json(
+            {"dataset": comparison.dataset.name, "split": comparison.split, **extra, "rows": comparison.to_dict()}
+        )
+    else:
+        print_comparison(comparison, extra.get("latency"))
+        if report is not None:
+            typer.echo(f"Report written to {Path(report)}.")
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=True))

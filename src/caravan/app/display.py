@@ -1,0 +1,188 @@
+"""What the terminal shows: progress bars, tables, hits and facts."""
+
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from caravan.app.comparison import Comparison
+    from caravan.app.demo import DemoResult
+    from caravan.data.records import Hit
+    from caravan.training.progress import Progress as Step
+
+
+class Bars:
+    """Progress bars on standard error, one at a time; pass the object itself as a `report`."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._console = Console(stderr=True, quiet=quiet)
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[note]}", markup=False),
+            console=self._console,
+            transient=True,
+        )
+        self._task: tuple[str, TaskID] | None = None
+
+    def __enter__(self) -> "Bars":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def __call__(self, step: "Step") -> None:
+        """Show how far a task is; a task of another name replaces it."""
+        note = "" if step.loss is None else f"loss {step.loss:.3f}"
+        note += "" if step.rate is None else f"  {step.rate:,.0f} queries/s"
+        if self._task is None or self._task[0] != step.task:
+            if self._task is not None:
+                self._progress.remove_task(self._task[1])
+            self._task = (step.task, self._progress.add_task(step.task, total=step.total, note=note))
+        self._progress.update(self._task[1], completed=step.done, total=step.total, note=note)
+
+
+def print_comparison(comparison: "Comparison", latency: Mapping[str, float] | None) -> None:
+    """Print the rows as a table, the best recall@1 in bold, and what else is known of the last one."""
+    from caravan.app.report import cells, headings
+
+    console = Console()
+    name, split = comparison.dataset.name, comparison.split
+    title = f"{name}: {len(comparison.examples):,} {split} queries, {len(comparison.dataset.catalogue):,} documents"
+    table = Table(title=title, title_justify="left")
+    for number, heading in enumerate(headings()):
+        table.add_column(heading, justify="right" if number else "left", no_wrap=True)
+    best = max(row.metrics["recall@1"].value for row in comparison.rows)
+    for row in comparison.rows:
+        table.add_row(*cells(row), style="bold" if row.metrics["recall@1"].value == best else "")
+    console.print(table)
+    last = comparison.rows[-1]
+    if "calibration_error" in last.metrics:
+        error = 100 * last.metrics["calibration_error"].value
+        console.print(f"{last.name}: the first hit's probability is off by {error:.1f} points on average (ECE).")
+    if latency:
+        encode, search, p95 = latency["encode_ms"], latency["search_ms"], latency["search_p95_ms"]
+        console.print(
+            f"{last.name}: one query takes {search:.1f} ms (p95 {p95:.1f}), of which encoding {encode:.1f} ms."
+        )
+    if comparison.dataset.skipped:
+        console.print(f"{comparison.dataset.skipped:,} malformed rows were skipped.")
+
+
+def print_hits(queries: Sequence[str], results: "Sequence[Sequence[Hit]]") -> None:
+    """Print the hits of each query with their probabilities."""
+    console = Console()
+    for query, hits in zip(queries, results, strict=True):
+        console.print(Text(query, style="bold"))
+        for hit in hits:
+            heading = f"{hit.doc_id}: {hit.title}" if hit.title else hit.doc_id
+            console.print(Text(f"  {hit.rank}. {hit.probability:6.1%}  {heading}"))
+            console.print(Text(f"             {_shortened(hit.text)}", style="dim"))
+
+
+def print_searches(result: "DemoResult") -> None:
+    """Print queries that ours answers and MIPS does not."""
+    console = Console()
+    total = f"{result.won} test queries right here and wrong under MIPS, {result.lost} the other way round"
+    console.print(f"\n[bold]Where training helped[/bold] ({total}; three of them):")
+    for search in result.searches:
+        console.print(Text(f'\n  "{search.query}"'))
+        console.print(Text(f"    caravan  {search.ours}: {search.ours_title}", style="green"))
+        console.print(Text(f"    MIPS     {search.mips}: {search.mips_title}", style="red"))
+
+
+def describe_installation() -> dict[str, Any]:
+    """Facts about this installation: versions, processor, what the optional extras add."""
+    from importlib.util import find_spec
+
+    import torch
+
+    from caravan import __version__
+    from caravan.training.features import default_cache
+
+    extras = {"federated": "flwr", "ray": "ray", "datasets": "datasets", "report": "matplotlib"}
+    return {
+        "caravan": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cuda": torch.cuda.is_available(),
+        "bfloat16_on_cpu": torch.cpu._is_avx512_bf16_supported(),
+        "extras": [extra for extra, module in extras.items() if find_spec(module)],
+        "cache": str(default_cache()),
+    }
+
+
+def describe_model(folder: str) -> dict[str, Any]:
+    """Facts about a saved retriever: what it is made of, on what it was trained, how good it was."""
+    from caravan.storage import load
+
+    retriever = load(folder)
+    record, backbone = retriever.record, retriever.encoder.backbone
+    sizes = {name: parameter.numel() for name, parameter in retriever.named_trainables()}
+    facts: dict[str, Any] = {
+        "folder": str(Path(folder)),
+        "documents": len(retriever.catalogue),
+        "backbone": {
+            "name": backbone.config.name,
+            "hash": backbone.hash,
+            "family": backbone.family,
+            "pooling": backbone.pooling,
+        },
+        "adapter": retriever.adapter_config.kind,
+        "trained_parameters": sizes,
+        "trained_mib": round(4 * sum(sizes.values()) / 2**20, 2),
+    }
+    for name in ("dataset", "seed", "seconds", "versions", "latency", "privacy"):
+        if name in record:
+            facts[name] = record[name]
+    if "metrics" in record:
+        facts["recall@1"] = {name: row["metrics"]["recall@1"]["value"] for name, row in record["metrics"].items()}
+    if "federation" in record:
+        facts["clients"] = {client["name"]: client["examples"] for client in record["federation"]["clients"]}
+        facts["rounds"] = len(record["federation"]["rounds"])
+    return facts
+
+
+def print_facts(facts: Mapping[str, Any]) -> None:
+    """Print nested facts, one a line."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        if isinstance(value, Mapping):
+            table.add_row(Text(name), "")
+            for key, inner in value.items():
+                table.add_row(Text(f"  {key}"), Text(_plain(inner)))
+        else:
+            table.add_row(Text(name), Text(_plain(value)))
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(str(part) for part in value) or "none"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _shortened(text: str, width: int = 90) -> str:
+    return text if len(text) <= width else text[: width - 1].rstrip() + "…"

@@ -1,0 +1,95 @@
+"""Results for people: rows as text, Markdown and a plot (the only place that imports matplotlib)."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from caravan.app.comparison import Comparison, Row
+from caravan.errors import ConfigError
+from caravan.files import make_folder, whole_file
+
+COLUMNS = ("recall@1", "recall@5", "recall@10", "mrr@10", "ndcg@10")
+
+_INK, _PAPER, _OURS, _THEIRS = "#1f2933", "#ffffff", "#0b7285", "#adb5bd"
+_RIVALS = {"BM25", "MIPS", "centroids", "1-NN", "output adapter", "random backbone + head"}
+
+
+def cells(row: Row) -> list[str]:
+    """One row as strings: name, the measures in percent (recall@1 with its interval), seconds."""
+    first = row.metrics["recall@1"]
+    interval = "" if first.low is None or first.high is None else f" [{100 * first.low:.1f}, {100 * first.high:.1f}]"
+    measures = [f"{100 * row.metrics[name].value:.2f}" for name in COLUMNS]
+    return [row.name, measures[0] + interval, *measures[1:], f"{row.seconds:.1f}"]
+
+
+def headings() -> list[str]:
+    """The headings above `cells`."""
+    return ["", "recall@1 % [95%]", "recall@5", "recall@10", "MRR@10", "nDCG@10", "seconds"]
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Rows as a Markdown table."""
+    lines = [headings(), ["---", *["---:"] * len(COLUMNS), "---:"], *(cells(row) for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def plot(rows: Sequence[Row], title: str, path: Path) -> None:
+    """Draw recall@1 as horizontal bars with 95% intervals; the file's ending says PNG or SVG.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+        StorageError: the file cannot be written.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError("plots need matplotlib; install it with `pip install 'caravan[report]'`") from None
+    values = [100 * row.metrics["recall@1"].value for row in rows]
+    bounds = [(row.metrics["recall@1"].low, row.metrics["recall@1"].high) for row in rows]
+    errors = [
+        [value - 100 * low if low is not None else 0.0 for value, (low, _) in zip(values, bounds, strict=True)],
+        [100 * high - value if high is not None else 0.0 for value, (_, high) in zip(values, bounds, strict=True)],
+    ]
+    figure = Figure(figsize=(7.2, 0.9 + 0.36 * len(rows)), layout="constrained", facecolor=_PAPER)
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    colours = [_THEIRS if row.name in _RIVALS else _OURS for row in rows]
+    axes.barh(range(len(rows)), values, xerr=errors, color=colours, ecolor=_INK, height=0.66, capsize=2)
+    for place, (value, upper) in enumerate(zip(values, errors[1], strict=True)):
+        axes.text(value + upper + 0.8, place, f"{value:.1f}", va="center", color=_INK, fontsize=9)
+    axes.set_yticks(range(len(rows)), [row.name for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 108)
+    axes.set_xlabel("recall@1, % of queries (bar: 95% bootstrap interval)")
+    axes.set_title(title, loc="left", fontsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    with whole_file(path) as temporary:
+        # A fixed salt and no date: the same figures give the same file.
+        metadata = {"Date": None} if path.suffix == ".svg" else {}
+        figure.savefig(temporary, format=path.suffix.lstrip("."), dpi=150, metadata=metadata)
+
+
+def write_report(folder: str | Path, comparison: Comparison, extra: Mapping[str, Any]) -> None:
+    """Write `results.json`, `table.md`, `recall.svg`, `recall.png`, `qrels.txt` and one TREC run a row.
+
+    Args:
+        folder: made if it is not there; files of these names are replaced.
+        comparison: the rows.
+        extra: further plain values for `results.json`.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+        StorageError: the folder cannot be written.
+    """
+    folder = make_folder(folder)
+    results = {"dataset": comparison.dataset.name, "split": comparison.split, **extra, "rows": comparison.to_dict()}
+    title = f"{comparison.dataset.name}, {comparison.split} split, {len(comparison.examples):,} queries"
+    plot(comparison.rows, title, folder / "recall.svg")
+    plot(comparison.rows, title, folder / "recall.png")
+    comparison.write_trec(folder)
+    with whole_file(folder / "table.md") as temporary:
+        temporary.write_text(markdown(comparison.rows), encoding="utf-8")
+    with whole_file(folder / "results.json") as temporary:
+        temporary.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
