@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from caravan.app.comparison import evaluate
-    from caravan.app.experiment import federate, train
+    from caravan.app.learning import federate, train
     from caravan.config import Config, config_from_dict, read_config
     from caravan.data.dataset import Catalogue, Dataset
     from caravan.data.records import Document, Example, Hit
@@ -30,11 +30,11 @@ _HOME = {
     "Retriever": "caravan.model.retriever",
     "config_from_dict": "caravan.config",
     "evaluate": "caravan.app.comparison",
-    "federate": "caravan.app.experiment",
+    "federate": "caravan.app.learning",
     "load": "caravan.storage",
     "read_config": "caravan.config",
     "save": "caravan.storage",
-    "train": "caravan.app.experiment",
+    "train": "caravan.app.learning",
 }
 
 __all__ = [

@@ -1,6 +1,7 @@
 """One tiny model of each family for all tests of this floor, made at its first use."""
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 
 @pytest.fixture(scope="session")
 def backbone_of(folder_of: Callable[[str], Path]) -> Callable[..., Backbone]:
+    """Backbones shared by all tests: frozen, so that a test which changes one has to load its own."""
+
+    @cache
     def backbone_of(family: str, **settings: Any) -> Backbone:
         return load_backbone(BackboneConfig(name=str(folder_of(family)), **settings))
 

@@ -270,8 +270,8 @@ class TestActivationCheckpointing:
         assert (repeated, again) == (2 * calls, calls)
         assert torch.equal(after, plain)
 
-    def test_it_goes_over_to_a_cast_copy_whose_own_weights_are_used(self, backbone_of: Backbones) -> None:
-        backbone = backbone_of("llama")
+    def test_it_goes_over_to_a_cast_copy_whose_own_weights_are_used(self, folder_of: Folders) -> None:
+        backbone = load_backbone(BackboneConfig(name=str(folder_of("llama"))))
         backbone.checkpoint_activations(True)
         copied = backbone.cast(torch.bfloat16)
         gradient, calls = self.gradient(copied)
@@ -286,11 +286,9 @@ class TestActivationCheckpointing:
         backbone.checkpoint_activations(True)
         torch.testing.assert_close(self.gradient(backbone)[0], plain, rtol=1e-6, atol=1e-6)
 
-    def test_a_model_without_blocks_to_tell_apart_is_refused(
-        self, backbone_of: Backbones, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        backbone = backbone_of("bert")
-        monkeypatch.setattr(backbone, "model", nn.Linear(2, 2))
+    def test_a_model_without_blocks_to_tell_apart_is_refused(self, folder_of: Folders) -> None:
+        backbone = load_backbone(BackboneConfig(name=str(folder_of("bert"))))
+        backbone.model = nn.Linear(2, 2)
         with pytest.raises(BackboneError, match="activation_checkpointing = false"):
             backbone.checkpoint_activations(True)
 

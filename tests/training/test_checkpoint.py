@@ -218,13 +218,14 @@ class StopAfterSave(Checkpoint):
             raise StoppedError
 
 
-@both_stages
-@pytest.mark.parametrize("patience", [0, 2])
-def test_a_training_killed_after_any_step_ends_as_the_uninterrupted_one(backbone, stage, tmp_path, patience):
+@pytest.mark.parametrize(
+    ("stage", "patience", "stops"),  # 0 is before the first snapshot; 3, 6 and 9 end an epoch
+    [("head", 2, range(STEPS + 1)), ("head", 0, (3, 9)), ("adapter", 2, (0, 1, 3, 4, 9)), ("adapter", 0, (6,))],
+)
+def test_a_training_killed_after_any_step_ends_as_the_uninterrupted_one(backbone, stage, tmp_path, patience, stops):
     config = resumable_config(patience=patience)
     whole = train(backbone, stage, config)
-    # 0 is before the first snapshot; 3, 6 and 9 end an epoch.
-    for stop_after in range(STEPS + 1) if stage == "head" else (0, 1, 3, 4, 8, 9):
+    for stop_after in stops:
         checkpoint = Checkpoint(tmp_path / f"{stop_after}.safetensors", "print")
         with pytest.raises(StoppedError):
             train(backbone, stage, config, checkpoint=checkpoint, report=Log(stop_after))
@@ -234,12 +235,11 @@ def test_a_training_killed_after_any_step_ends_as_the_uninterrupted_one(backbone
         assert [progress.done for progress in log.steps] == list(range(max(1, stop_after), STEPS + 1))
 
 
-@both_stages
-def test_a_training_killed_after_any_save_ends_as_the_uninterrupted_one(backbone, stage, tmp_path):
+@pytest.mark.parametrize(("stage", "stops"), [("head", (1, 3, 5, 9, 10)), ("adapter", (3, 10))])
+def test_a_training_killed_after_any_save_ends_as_the_uninterrupted_one(backbone, stage, tmp_path, stops):
     config = resumable_config()
     whole = train(backbone, stage, config)
-    # The third ends an epoch, the tenth is that of the finished training.
-    for saves in range(1, STEPS + 2) if stage == "head" else (2, 3, 9, 10):
+    for saves in stops:  # the third ends an epoch, the tenth is that of the finished training
         path = tmp_path / f"{saves}.safetensors"
         with pytest.raises(StoppedError):
             train(backbone, stage, config, checkpoint=StopAfterSave(path, "print", saves))
@@ -252,7 +252,7 @@ def test_a_training_killed_again_and_again_ends_as_the_uninterrupted_one(backbon
     config = resumable_config()
     whole = train(backbone, "adapter", config)
     checkpoint = Checkpoint(path, "print")
-    for _ in range(STEPS - 2):
+    for _ in range(4):
         with pytest.raises(StoppedError):
             train(backbone, "adapter", config, checkpoint=checkpoint, report=Log(2))
     assert_same_training(train(backbone, "adapter", config, checkpoint=checkpoint), whole)

@@ -409,6 +409,14 @@ def test_patience_that_is_never_lost_still_keeps_the_best_epoch(backbone):
     assert_same_bits(kept, states[recalls.index(max(recalls))])
 
 
+def test_of_equally_good_epochs_the_first_is_kept(backbone):
+    config = toy_config(epochs=4)
+    validation = [replace(example, doc_ids=("d4",)) for example in VALIDATION]  # never found
+    history, states = epoch_states(backbone, "head", config, validation=validation)
+    assert {record.validation_recall for record in history} == {0.0}
+    assert_same_bits(trained(backbone, "head", replace(config, patience=2), validation=validation), states[0])
+
+
 def test_patience_without_validation_trains_to_the_end(backbone):
     assert_same_bits(
         trained(backbone, "head", toy_config(patience=1)), trained(backbone, "head", toy_config(patience=0))

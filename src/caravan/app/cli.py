@@ -288,7 +288,9 @@ def info(
 def main() -> None:
     """Run the command line: exit code 0, 1 for an error a user can act on, 2 for wrong usage, 130 when interrupted."""
     warnings.simplefilter("ignore")
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setLevel(logging.WARNING)  # a library's logger may let more through than the root's level says
+    logging.basicConfig(format="%(levelname)s: %(message)s", handlers=[handler])
     for stream in (sys.stdout, sys.stderr):
         # A query may hold any character; a terminal that cannot show one must not end the program.
         if isinstance(stream, io.TextIOWrapper):

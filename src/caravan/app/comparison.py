@@ -125,7 +125,7 @@ class Comparison:
         rows = self._vectors(encoder, documents, "documents, random backbone")
         retriever = Retriever.start(twin, self.dataset.catalogue, rows, adapter=_NO_ADAPTER, head=self.config.head)
         self._fit_head(retriever, "random backbone")
-        self.add_retriever("random backbone + head", retriever, seconds=time.perf_counter() - started)
+        self.add_retriever("random backbone", retriever, seconds=time.perf_counter() - started)
 
     def _fit_head(self, retriever: Retriever, name: str) -> None:
         fit(

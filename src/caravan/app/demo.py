@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from caravan.app.comparison import Comparison
-from caravan.app.experiment import Experiment, save_result, start_comparison
+from caravan.app.experiment import save_result, start_comparison
+from caravan.app.learning import Experiment
 from caravan.config import Config
 from caravan.data.dataset import Dataset
 from caravan.model.retriever import Retriever

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -68,7 +69,7 @@ def print_comparison(comparison: "Comparison", latency: Mapping[str, float] | No
     console = Console()
     name, split = comparison.dataset.name, comparison.split
     title = f"{name}: {len(comparison.examples):,} {split} queries, {len(comparison.dataset.catalogue):,} documents"
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", title_style="", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for number, heading in enumerate(headings()):
         table.add_column(heading, justify="right" if number else "left", no_wrap=True)
     best = max(row.metrics["recall@1"].value for row in comparison.rows)

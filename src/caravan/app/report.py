@@ -12,20 +12,20 @@ from caravan.files import make_folder, whole_file
 COLUMNS = ("recall@1", "recall@5", "recall@10", "mrr@10", "ndcg@10")
 
 _INK, _PAPER, _OURS, _THEIRS = "#1f2933", "#ffffff", "#0b7285", "#adb5bd"
-_RIVALS = {"BM25", "MIPS", "centroids", "1-NN", "output adapter", "random backbone + head"}
+_RIVALS = {"BM25", "MIPS", "centroids", "1-NN", "output adapter", "random backbone"}
 
 
 def cells(row: Row) -> list[str]:
     """One row as strings: name, the measures in percent (recall@1 with its interval), seconds."""
     first = row.metrics["recall@1"]
     interval = "" if first.low is None or first.high is None else f" [{100 * first.low:.1f}, {100 * first.high:.1f}]"
-    measures = [f"{100 * row.metrics[name].value:.2f}" for name in COLUMNS]
+    measures = [f"{100 * row.metrics[name].value:.1f}" for name in COLUMNS]
     return [row.name, measures[0] + interval, *measures[1:], f"{row.seconds:.1f}"]
 
 
 def headings() -> list[str]:
-    """The headings above `cells`."""
-    return ["", "recall@1 % [95%]", "recall@5", "recall@10", "MRR@10", "nDCG@10", "seconds"]
+    """The headings above `cells`; R is recall."""
+    return ["", "R@1 % [95%]", "R@5", "R@10", "MRR@10", "nDCG@10", "seconds"]
 
 
 def markdown(rows: Sequence[Row]) -> str:

@@ -1,0 +1,334 @@
+"""Training a retriever from settings and data: centrally, or on clients that do not pool their queries."""
+
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from caravan.app.comparison import rank_queries
+from caravan.config import Config
+from caravan.data.dataset import Dataset
+from caravan.data.partition import Shard, partition
+from caravan.errors import ConfigError
+from caravan.federation.rounds import RoundReport, Update
+from caravan.model.adapter import IdentityAdapter
+from caravan.model.backbone import Backbone, load_backbone
+from caravan.model.encoder import Encoder
+from caravan.model.retriever import Retriever
+from caravan.training.baselines import class_centroids, mips
+from caravan.training.checkpoint import Checkpoint, Snapshot
+from caravan.training.evaluation import measure
+from caravan.training.features import FeatureStore, default_cache
+from caravan.training.inputs import encode_with_progress
+from caravan.training.progress import Report, prefixed
+from caravan.training.trainer import Stage, fit
+
+OnStage = Callable[[Stage, Retriever, float], object]
+
+_VERSIONS = ("caravan", "torch", "transformers", "safetensors", "flwr")
+_NO_PRIVACY = (
+    "Trained without differential privacy: the tensors can reveal training queries to whoever holds them. "
+    "Keep them as private as the queries."
+)
+
+
+class Experiment:
+    """One training of one retriever on one data set.
+
+    Attributes:
+        dataset: the words.
+        config: all settings.
+        backbone: the frozen model, loaded once.
+        retriever: untrained until `run` is called.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        config: Config | None = None,
+        *,
+        backbone: Backbone | None = None,
+        store: FeatureStore | None = None,
+        report: Report | None = None,
+        checkpoint: str | Path | None = None,
+        resume: bool = False,
+    ) -> None:
+        """Prepare a training.
+
+        Args:
+            dataset: catalogue and examples.
+            config: settings; the defaults if None. Its `data` part only names where `dataset` came from.
+            backbone: an already loaded frozen model that fits `config.backbone`.
+            store: where vectors are kept; the user's cache folder if None.
+            report: called as the work goes on.
+            checkpoint: a folder for snapshots; None keeps none.
+            resume: take up the snapshots found there; otherwise they are removed.
+        """
+        self.dataset, self.config, self.report = dataset, config or Config(), report
+        self.store = store or FeatureStore(default_cache())
+        self.backbone = backbone or load_backbone(self.config.backbone, seed=self.config.seed)
+        self.checkpoint = Path(checkpoint) if checkpoint is not None else None
+        if not resume:
+            for stage in ("head", "adapter"):
+                snapshots = self._snapshots(stage)
+                if snapshots is not None:
+                    snapshots.clear()
+        self.retriever = self._start()
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """What is trained, in order."""
+        return ("head", "adapter") if self.config.training.mode == "adapter" else ("head",)
+
+    @property
+    def federated(self) -> bool:
+        """Whether the settings ask for clients."""
+        return self.config.federation.clients > 0 or self.config.federation.partition == "column"
+
+    def run(self, on_stage: OnStage | None = None) -> Retriever:
+        """Train, and fill the retriever's record.
+
+        Args:
+            on_stage: called after each stage with its name, the retriever as it stands, and the seconds so far.
+
+        Raises:
+            FederationError: a round had no usable client.
+            TrainingError: there is nothing to learn from, or the loss diverged.
+            StorageError: a snapshot cannot be written or trusted.
+        """
+        history: list[dict[str, Any]] = []
+        rounds: list[dict[str, Any]] = []
+        seconds = 0.0
+        shards = partition(self.dataset.train, self.config.federation, seed=self.config.seed) if self.federated else []
+        for stage in self.stages:
+            started = time.perf_counter()
+            if self.federated:
+                rounds.extend(self._federate(stage, shards))
+            else:
+                history.extend(self._train(stage))
+            seconds += time.perf_counter() - started
+            if on_stage is not None:
+                on_stage(stage, self.retriever, seconds)
+        self.retriever.record = self._record(history, rounds, shards, seconds)
+        return self.retriever
+
+    def clear_checkpoint(self) -> None:
+        """Remove the snapshots, once the result is saved."""
+        for stage in self.stages:
+            snapshots = self._snapshots(stage)
+            if snapshots is not None:
+                snapshots.clear()
+        if self.checkpoint is not None and self.checkpoint.is_dir() and not any(self.checkpoint.iterdir()):
+            self.checkpoint.rmdir()
+
+    def _train(self, stage: Stage) -> list[dict[str, Any]]:
+        records = fit(
+            self.retriever,
+            self.dataset.train,
+            stage,
+            self.config.training,
+            seed=self.config.seed,
+            validation=self.dataset.validation,
+            store=self.store,
+            report=self.report,
+            checkpoint=self._snapshots(stage),
+        )
+        return [asdict(record) for record in records]
+
+    def _federate(self, stage: Stage, shards: Sequence[Shard]) -> list[dict[str, Any]]:
+        from caravan.federation.flower import run_federation
+
+        settings, federation = getattr(self.config.training, stage), self.config.federation
+        if not settings.epochs:
+            return []
+        rounds = min(federation.rounds, settings.epochs)
+        shard_of = {shard.name: (number, shard) for number, shard in enumerate(shards)}
+        names = [
+            name for name, _ in self.retriever.named_trainables() if stage == "adapter" or name.startswith("head.")
+        ]
+        state = self.retriever.trainable_state()
+        tensors, reports, first_round = {name: state[name] for name in names}, [], 1
+        snapshots = self._snapshots(stage)
+        snapshot = snapshots.load() if snapshots is not None else None
+        if snapshot is not None:
+            tensors, reports, first_round = snapshot.tensors, snapshot.values["rounds"], snapshot.values["round"] + 1
+
+        def local_train(client: str, received: dict[str, Tensor], number: int) -> Update:
+            place, shard = shard_of[client]
+            self.retriever.load_trainable_state({**self.retriever.trainable_state(), **received})
+            fit(
+                self.retriever,
+                shard.examples,
+                stage,
+                self.config.training,
+                seed=self.config.seed + place,
+                epochs=range((number - 1) * settings.epochs // rounds, number * settings.epochs // rounds),
+                store=self.store,
+                report=prefixed(self.report, f"round {number}/{rounds}, {client}: "),
+            )
+            trained = self.retriever.trainable_state()
+            return Update(client, {name: trained[name] for name in names}, examples=len(shard.examples))
+
+        def on_round(report: RoundReport, averaged: dict[str, Tensor]) -> None:
+            self.retriever.load_trainable_state({**self.retriever.trainable_state(), **averaged})
+            reports.append({"stage": stage, **asdict(report), "validation_recall": self._validation_recall()})
+            if snapshots is not None:
+                snapshots.save(Snapshot(averaged, {"round": report.round, "rounds": reports}))
+
+        averaged = run_federation(
+            tensors,
+            list(shard_of),
+            local_train,
+            rounds=rounds,
+            first_round=first_round,
+            min_clients=federation.min_clients,
+            backend=federation.backend,
+            on_round=on_round,
+        )
+        self.retriever.load_trainable_state({**self.retriever.trainable_state(), **averaged})
+        return reports
+
+    def _validation_recall(self) -> float | None:
+        if not self.dataset.validation:
+            return None
+        ranking = rank_queries(self.retriever, [example.text for example in self.dataset.validation], self.store)
+        gold = [self.dataset.catalogue.gold_rows(example) for example in self.dataset.validation]
+        return measure(ranking, gold, bootstrap=0)["recall@1"].value
+
+    def _start(self) -> Retriever:
+        """The untrained retriever: document vectors as rows or, centrally, class centroids where these rank better."""
+        config, catalogue = self.config, self.dataset.catalogue
+        encoder = Encoder(self.backbone, IdentityAdapter(self.backbone.embedding_width))
+        rows = self._vectors(encoder, [document.content for document in catalogue], "documents")
+        start = config.head.start
+        if self.federated and start == "centroids":
+            raise ConfigError(
+                'head.start = "centroids" would pool the clients\' queries; set it to "documents" or "auto"'
+            )
+        choose = start == "auto" and not self.federated and len(self.dataset.validation) > 0
+        if start == "centroids" or choose:
+            train = self._vectors(encoder, [example.text for example in self.dataset.train], "training queries")
+            gold = [catalogue.gold_rows(example) for example in self.dataset.train]
+            centres = class_centroids(train, gold, rows)
+            if start == "centroids" or self._ranks_better(encoder, centres, rows):
+                rows = centres
+        return Retriever.start(self.backbone, catalogue, rows, adapter=config.adapter, head=config.head)
+
+    def _ranks_better(self, encoder: Encoder, ours: Tensor, theirs: Tensor) -> bool:
+        queries = self._vectors(encoder, [example.text for example in self.dataset.validation], "validation queries")
+        gold = [self.dataset.catalogue.gold_rows(example) for example in self.dataset.validation]
+        first, second = (measure(mips(queries, rows), gold, bootstrap=0)["recall@1"].value for rows in (ours, theirs))
+        return first > second
+
+    def _vectors(self, encoder: Encoder, texts: Sequence[str], what: str) -> Tensor:
+        return encode_with_progress(encoder, texts, self.store, self.report, task=f"encoding {what}")
+
+    def _snapshots(self, stage: Stage) -> Checkpoint | None:
+        if self.checkpoint is None:
+            return None
+        return Checkpoint(self.checkpoint / f"{stage}.safetensors", self._fingerprint())
+
+    def _fingerprint(self) -> str:
+        """What must be the same for a snapshot to be taken up: settings that change the result, words, frozen model."""
+        settings = {name: value for name, value in self.config.to_dict().items() if name not in ("data", "evaluation")}
+        settings["training"] = {**settings["training"], "checkpoint_seconds": None}
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+        digest.update(self.backbone.hash.encode())
+        digest.update(self.dataset.catalogue.fingerprint.encode())
+        for examples in (self.dataset.train, self.dataset.validation):
+            for example in examples:
+                digest.update(json.dumps([example.text, example.doc_ids, dict(example.columns)]).encode())
+        return digest.hexdigest()
+
+    def _record(
+        self, history: list[dict[str, Any]], rounds: list[dict[str, Any]], shards: Sequence[Shard], seconds: float
+    ) -> dict[str, Any]:
+        dataset = self.dataset
+        sizes = {"train": len(dataset.train), "validation": len(dataset.validation), "test": len(dataset.test)}
+        record: dict[str, Any] = {
+            "config": self.config.to_dict(),
+            "dataset": {"name": dataset.name, "documents": len(dataset.catalogue), **sizes, "skipped": dataset.skipped},
+            "history": history,
+            "seed": self.config.seed,
+            "seconds": round(seconds, 3),
+            "versions": {"python": platform.python_version(), **_installed(_VERSIONS)},
+            "privacy": _NO_PRIVACY,
+        }
+        if shards:
+            clients = [{"name": shard.name, "examples": len(shard.examples)} for shard in shards]
+            record["federation"] = {"clients": clients, "rounds": rounds}
+        return record
+
+
+def train(
+    dataset: Dataset,
+    config: Config | None = None,
+    *,
+    report: Report | None = None,
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
+) -> Retriever:
+    """Train a retriever on one machine: the head, then (mode "adapter") adapter and head together.
+
+    Args:
+        dataset: catalogue and examples.
+        config: settings; the defaults if None. Settings of `federation` are not looked at.
+        report: called as the work goes on.
+        checkpoint: a folder for snapshots; None keeps none.
+        resume: take up the snapshots found there.
+
+    Returns:
+        The trained retriever; `record` says how it came about.
+
+    Raises:
+        CaravanError: see `Experiment`.
+    """
+    config = config or Config()
+    central = replace(config, federation=replace(config.federation, clients=0, partition="iid"))
+    return Experiment(dataset, central, report=report, checkpoint=checkpoint, resume=resume).run()
+
+
+def federate(
+    dataset: Dataset,
+    config: Config | None = None,
+    *,
+    report: Report | None = None,
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
+) -> Retriever:
+    """Train a retriever on clients that keep their queries, in simulation on this machine (FedAvg; arXiv:1602.05629).
+
+    Args:
+        dataset: its training examples are dealt to clients as `config.federation` says.
+        config: settings; with None, or with neither clients nor a column named, three clients dealt at random.
+        report: called as the work goes on.
+        checkpoint: a folder for snapshots; None keeps none.
+        resume: take up the snapshots found there.
+
+    Returns:
+        The trained retriever; `record["federation"]` lists clients and rounds.
+
+    Raises:
+        CaravanError: see `Experiment`.
+    """
+    config = config or Config()
+    if config.federation.clients == 0 and config.federation.partition != "column":
+        config = replace(config, federation=replace(config.federation, clients=3))
+    return Experiment(dataset, config, report=report, checkpoint=checkpoint, resume=resume).run()
+
+
+def _installed(names: Sequence[str]) -> dict[str, str]:
+    found = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
