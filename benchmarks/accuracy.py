@@ -28,7 +28,13 @@ from caravan.files import whole_file
 from caravan.training.features import FeatureStore, default_cache
 
 DATA = Path(os.environ.get("CARAVAN_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
-SEEDS = {"helpdesk": (1, 2, 3), "sms_spam": (1, 2, 3), "banking77": (1, 2, 3), "stackfaq": (1, 2, 3), "wikitablequestions": (1,)}
+SEEDS = {
+    "helpdesk": (1, 2, 3),
+    "sms_spam": (1, 2, 3),
+    "banking77": (1, 2, 3),
+    "stackfaq": (1, 2, 3),
+    "wikitablequestions": (1,),
+}
 CLIENTS = {"banking77": 3, "helpdesk": 3}  # also trained on this many iid clients, first seed
 
 
@@ -73,7 +79,9 @@ def _run(results: dict, out: Path, name: str, path: str, seed: int, *, clients: 
             comparison.add_baselines(experiment.backbone)
         prefix = "federated " if clients else ""
         started = time.perf_counter()
-        experiment.run(lambda stage, retriever, seconds: comparison.add_retriever(prefix + stage, retriever, seconds=seconds))
+        experiment.run(
+            lambda stage, retriever, seconds: comparison.add_retriever(prefix + stage, retriever, seconds=seconds)
+        )
         results["runs"][key] = {"seconds": round(time.perf_counter() - started, 1), "rows": comparison.to_dict()}
     with whole_file(out) as temporary:
         temporary.write_text(json.dumps(results, indent=1) + "\n")
@@ -86,14 +94,23 @@ def table(name: str, runs: dict) -> str:
         if key.split("/")[0] == name:
             for row, content in run["rows"].items():
                 for measure in ("recall@1", "recall@5", "recall@10", "mrr@10", "ndcg@10"):
-                    values.setdefault(row, {}).setdefault(measure, []).append(100 * content["metrics"][measure]["value"])
+                    values.setdefault(row, {}).setdefault(measure, []).append(
+                        100 * content["metrics"][measure]["value"]
+                    )
                 values[row].setdefault("seconds", []).append(content["seconds"])
-    lines = [f"| {name} | R@1 | (range, seeds) | R@5 | R@10 | MRR@10 | nDCG@10 | seconds |", "|---|---:|---|---:|---:|---:|---:|---:|"]
+    lines = [
+        f"| {name} | R@1 | (range, seeds) | R@5 | R@10 | MRR@10 | nDCG@10 | seconds |",
+        "|---|---:|---|---:|---:|---:|---:|---:|",
+    ]
     for row, measures in values.items():
         first = measures["recall@1"]
         spread = f"{min(first):.2f}-{max(first):.2f}, {len(first)}" if len(first) > 1 else ""
-        others = " | ".join(f"{statistics.mean(measures[m]):.2f}" for m in ("recall@5", "recall@10", "mrr@10", "ndcg@10"))
-        lines.append(f"| {row} | {statistics.mean(first):.2f} | {spread} | {others} | {statistics.mean(measures['seconds']):.1f} |")
+        others = " | ".join(
+            f"{statistics.mean(measures[m]):.2f}" for m in ("recall@5", "recall@10", "mrr@10", "ndcg@10")
+        )
+        lines.append(
+            f"| {row} | {statistics.mean(first):.2f} | {spread} | {others} | {statistics.mean(measures['seconds']):.1f} |"
+        )
     return "\n".join(lines) + "\n"
 
 

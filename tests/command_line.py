@@ -1,19 +1,20 @@
-"""The command line as a user meets it: called in this process for speed, or as a program of its own."""
+"""The command line as a user meets it: called in this process for speed, or as the installed program."""
 
+import csv
+import hashlib
 import io
-import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from os import environ
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from unittest import mock
 
 from caravan.app.cli import main
 
-Program = Callable[..., subprocess.Popen[bytes]]
+PROGRAM = Path(sys.executable).with_name("caravan")
 
 
 @dataclass(frozen=True)
@@ -25,23 +26,57 @@ class Outcome:
     err: str
 
 
-def caravan(*arguments: object, stdin: bytes = b"") -> Outcome:
-    """Run a command in this process, on streams of its own."""
-    streams = {name: io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for name in ("stdout", "stderr")}
-    source = io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8")
-    argv = ["caravan", *map(str, arguments)]
-    with mock.patch.multiple(sys, argv=argv, stdin=source, **streams):
+def caravan(*arguments: object, stdin: bytes = b"", encoding: str = "utf-8") -> Outcome:
+    """Run a command in this process, on streams of its own: pipes of a terminal with this encoding."""
+    out, err = io.BytesIO(), io.BytesIO()
+    streams: dict[str, Any] = {
+        "argv": ["caravan", *map(str, arguments)],
+        "stdin": io.TextIOWrapper(io.BytesIO(stdin), encoding=encoding),
+        "stdout": io.TextIOWrapper(out, encoding=encoding),
+        "stderr": io.TextIOWrapper(err, encoding=encoding),
+    }
+    code = 0
+    with mock.patch.multiple(sys, **streams):
         try:
             main()
-            code = 0
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    written = []
-    for stream in streams.values():
-        stream.flush()
-        written.append(stream.buffer.getvalue().decode("utf-8"))  # type: ignore[attr-defined]
-    return Outcome(code, *written)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return Outcome(code, out.getvalue().decode(encoding), err.getvalue().decode(encoding))
 
 
-def program(*arguments: str | bytes, environment: Mapping[str, str] | None = None, **settings: Any) -> list[Any]:
-    return []
+def start_program(
+    *arguments: str | bytes, stdout: int | IO[bytes] = subprocess.PIPE, settings: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    """Start the installed program, its standard error a pipe, with further environment variables."""
+    return subprocess.Popen(
+        [PROGRAM, *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        env={**environ, "OMP_NUM_THREADS": "1", **(settings or {})},
+    )
+
+
+def run_program(*arguments: str | bytes, **settings: Any) -> Outcome:
+    """Run the installed program to its end; see `start_program`."""
+    process = start_program(*arguments, **settings)
+    out, err = process.communicate()
+    return Outcome(process.returncode, (out or b"").decode("utf-8"), err.decode("utf-8"))
+
+
+def listing(folder: Path) -> dict[str, str]:
+    """All that lies in a folder, hidden files too: path to content hash, or to "folder"."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> Path:
+    """Write a CSV file, and the folder it lies in."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as stream:
+        csv.writer(stream).writerows([header, *rows])
+    return path

@@ -60,9 +60,11 @@ def toy_config(*, epochs: int = 3, batch_size: int = 8, rate: float = 0.05, **se
     """Settings of both stages alike; further ones are those of `TrainingConfig` or of the stages."""
     stage = {name: settings.pop(name) for name in ("weight_decay", "label_smoothing") if name in settings}
     stage = {"weight_decay": 0.0, "label_smoothing": 0.0, "epochs": epochs, "batch_size": batch_size, **stage}
+    dropout, token_dropout = settings.pop("dropout", 0.0), settings.pop("token_dropout", 0.0)
+    rates = {"learning_rate": rate / 10, "head_learning_rate": rate}
     return TrainingConfig(
-        head=HeadStageConfig(learning_rate=rate, **stage),
-        adapter=AdapterStageConfig(**{"learning_rate": rate / 10, "head_learning_rate": rate, **stage}),
+        head=HeadStageConfig(learning_rate=rate, dropout=dropout, **stage),
+        adapter=AdapterStageConfig(**rates, token_dropout=token_dropout, **stage),
         **{"precision": "float32", **settings},
     )
 

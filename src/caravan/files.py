@@ -7,6 +7,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from safetensors import SafetensorError
 
@@ -27,6 +28,22 @@ def make_folder(path: str | Path) -> Path:
     except (OSError, ValueError) as error:
         raise _cannot_write(path, error) from None
     return Path(path)
+
+
+def check_writable(folder: str | Path) -> None:
+    """Refuse a folder, there or to be made, in which nothing can be written; nothing is left behind.
+
+    Raises:
+        StorageError: it, or the folder above it in which it would be made, is a file, or gives no right or no space.
+    """
+    try:
+        place = Path(os.path.realpath(folder))
+        while not place.exists():
+            place = place.parent
+        with TemporaryFile(dir=place) as probe:
+            probe.write(bytes(4096))  # a full disk may still have room for a name
+    except (OSError, ValueError) as error:
+        raise _cannot_write(folder, error) from None
 
 
 @contextmanager

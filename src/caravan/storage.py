@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
@@ -20,7 +21,7 @@ from caravan.card import model_card
 from caravan.config import AdapterConfig, BackboneConfig, HeadConfig
 from caravan.data.catalogue import Catalogue
 from caravan.errors import BackboneError, DataError, StorageError
-from caravan.files import whole_file, whole_folder
+from caravan.files import check_writable, whole_file, whole_folder
 from caravan.model.backbone import Backbone, load_backbone
 from caravan.model.head import FlatHead
 from caravan.model.retriever import Retriever
@@ -107,18 +108,21 @@ def check_destination(folder: str | Path) -> None:
     """Refuse a folder that `save` would not write to, so that this is known before the training and not after it.
 
     Raises:
-        StorageError: it is a file, or a folder that is neither empty nor a saved retriever.
+        StorageError: it is a file, a folder that is neither empty nor a saved retriever, the root of a disk, or in a
+            place that cannot be written.
     """
     place = Path(folder)
     try:
-        if not place.exists():
-            return
-        if place.is_dir() and (not any(place.iterdir()) or _is_retriever(place)):
-            return
+        if place.exists() and not (place.is_dir() and (not any(place.iterdir()) or _is_retriever(place))):
+            what = "is a folder of something else" if place.is_dir() else "is a file"
+            raise StorageError(
+                f"{folder}: {what}, not a saved retriever, and is left alone; choose a new or an empty folder"
+            )
+        if place.is_mount():
+            raise StorageError(f"{folder}: is the root of a disk, which cannot be replaced; choose a folder in it")
     except OSError as error:
         raise StorageError(f"{folder}: cannot be looked at: {error.strerror}; choose another folder") from None
-    what = "is a folder of something else" if place.is_dir() else "is a file"
-    raise StorageError(f"{folder}: {what}, not a saved retriever, and is left alone; choose a new or an empty folder")
+    check_writable(Path(os.path.realpath(folder)).parent)
 
 
 def load(

@@ -3,12 +3,13 @@
 import io
 import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -28,8 +29,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="""Train a retriever on a frozen small language model, on one machine or across many.
 
-A query goes through a frozen model with a small trainable adapter on its token embeddings, and a trainable
-classifier head scores every document. Only adapter and head are trained, saved and sent.
+A query goes through a frozen model with a small trainable adapter on its
+token embeddings, and a trainable classifier head scores every document.
+Only adapter and head are trained, saved and sent.
 
     caravan demo
     caravan train helpdesk --out my-retriever
@@ -83,14 +85,17 @@ def demo(
     from caravan.app.demo import run_demo
 
     settings = build_config(config, setting, {})
+    _check_report(report)
     with _work(as_json) as bars:
         result = run_demo(settings, out, report=bars)
-    _show_comparison(result.comparison, report, as_json, {"model": out, "searches": result.searches_dict()})
+    extra = {"model": out, "searches": result.searches_dict()}
+    _show_comparison(result.comparison, as_json, extra)
     if not as_json:
         from caravan.app.display import print_searches
 
         print_searches(result)
         typer.echo(f'\nSaved to {out}. Ask it something: caravan search {out} "flat after 10 km??"')
+    _write_report(report, result.comparison, as_json, extra)
 
 
 @app.command()
@@ -142,7 +147,11 @@ def train(
     caravan train --print-config > caravan.toml
     caravan train -c caravan.toml -o my-retriever --set training.adapter.epochs=8
     """
-    partition = "column" if partition_by else "dirichlet" if dirichlet is not None else None
+    if partition_by is not None and dirichlet is not None:
+        raise typer.BadParameter("contradicts --dirichlet; leave one of them out", param_hint="--partition-by")
+    partition = None if dirichlet is None else "dirichlet"
+    if partition_by is not None:
+        partition, clients = "column", clients or 0  # a number of clients in the file gives way to the column
     settings = build_config(
         config,
         setting,
@@ -169,24 +178,28 @@ def train(
         },
         last_stage={"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate},
     )
+    if rounds is not None and not settings.federation.clients and settings.federation.partition != "column":
+        raise typer.BadParameter("needs clients; give --clients or --partition-by", param_hint="--rounds")
     if print_config:
-        typer.echo(settings.to_toml(), nl=False)
+        if as_json:
+            _print_json(settings.to_dict())
+        else:
+            typer.echo(settings.to_toml(), nl=False)
         return
     if out is None:
         raise typer.BadParameter("name a folder for the trained retriever, e.g. --out my-retriever", param_hint="--out")
-    from caravan.app.experiment import run_experiment
+    from caravan.app.experiment import checkpoint_folder, run_experiment
 
-    with _work(as_json, resume_hint=True) as bars:
+    _check_report(report)
+    with _work(as_json, checkpoint=checkpoint_folder(out)) as bars:
         comparison, retriever = run_experiment(settings, out, resume=resume, report=bars)
     extra = {"model": out, "latency": retriever.record.get("latency"), "seconds": retriever.record["seconds"]}
-    if comparison is not None:
-        _show_comparison(comparison, report, as_json, extra)
-    elif as_json:
-        _print_json(extra)
+    _show_comparison(comparison, as_json, extra)
     if not as_json:
         typer.echo(
             f"Saved to {out}." + ("" if comparison else " Nothing was measured: the data has no held-out queries.")
         )
+    _write_report(report, comparison, as_json, extra)
 
 
 @app.command()
@@ -226,9 +239,12 @@ def compare(
     """
     from caravan.app.experiment import compare_saved
 
+    changes = parse_settings(setting)
+    _check_report(report)
     with _work(as_json) as bars:
-        comparison, latency = compare_saved(models, data, parse_settings(setting), baselines=baselines, report=bars)
-    _show_comparison(comparison, report, as_json, {"latency": latency})
+        comparison, latency = compare_saved(models, data, changes, baselines=baselines, report=bars)
+    _show_comparison(comparison, as_json, {"latency": latency})
+    _write_report(report, comparison, as_json, {"latency": latency})
 
 
 @app.command()
@@ -237,7 +253,7 @@ def search(
     queries: Annotated[
         list[str] | None, typer.Argument(help="One or more queries; read from standard input if left out.")
     ] = None,
-    k: Annotated[int, typer.Option("-k", help="Hits a query.")] = 5,
+    k: Annotated[int, typer.Option("-k", min=1, help="Hits a query.")] = 5,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     as_json: Json = False,
 ) -> None:
@@ -249,7 +265,7 @@ def search(
     from caravan.app.display import print_hits
     from caravan.storage import load
 
-    asked = list(queries) if queries else [line.strip() for line in sys.stdin if line.strip()]
+    asked = list(queries) if queries else [line.strip() for line in sys.stdin or () if line.strip()]
     if not asked:
         raise typer.BadParameter("give at least one query, as an argument or on standard input", param_hint="QUERIES")
     results = load(model, device=device).search(asked, k)
@@ -295,40 +311,66 @@ def main() -> None:
         # A query may hold any character; a terminal that cannot show one must not end the program.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are no text: refused as the query they are in
     try:
         app()
     except CaravanError as error:
-        typer.echo(f"{type(error).__name__}: {' '.join(str(error).split())}", err=True)
-        sys.exit(1)
+        _fail(f"{type(error).__name__}: {error}")
+    except OSError as error:  # what writes files tells its own errors; left is mostly standard output on a full disk
+        _fail(f"{type(error).__name__}: {error}; nothing more could be read or written")
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):  # PyTorch has no class for it on the CPU
+            raise
+        _fail(f"BudgetError: not enough memory ({str(error)[:200]}); use smaller sizes, a batch_size or hidden below")
+
+
+def _fail(message: str) -> NoReturn:
+    typer.echo(" ".join(message.split()), err=True)
+    # What standard output did not take must not be tried again at exit, which would print a second message.
+    with suppress(OSError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(1)
 
 
 @contextmanager
-def _work(as_json: bool, *, resume_hint: bool = False) -> Iterator["Bars"]:
+def _work(as_json: bool, *, checkpoint: Path | None = None) -> Iterator["Bars"]:
     from caravan.app.display import Bars
 
     try:
         with Bars(quiet=as_json) as bars:
             yield bars
     except KeyboardInterrupt:
-        typer.echo("Interrupted." + (" Repeat the command with --resume to go on." if resume_hint else ""), err=True)
+        kept = checkpoint is not None and checkpoint.is_dir()
+        typer.echo("Interrupted." + (" Repeat the command with --resume to go on." if kept else ""), err=True)
         raise typer.Exit(130) from None
 
 
-def _show_comparison(comparison: "Comparison", report: str | None, as_json: bool, extra: dict[str, Any]) -> None:
+def _check_report(report: str | None) -> None:
+    if report is not None:
+        from caravan.app.report import check_report
+
+        check_report(report)
+
+
+def _show_comparison(comparison: "Comparison | None", as_json: bool, extra: dict[str, Any]) -> None:
     from caravan.app.display import print_comparison
 
-    if report is not None:
-        from caravan.app.report import write_report
-
-        write_report(report, comparison, extra)
     if as_json:
-        _print_json(
-            {"dataset": comparison.dataset.name, "split": comparison.split, **extra, "rows": comparison.to_dict()}
-        )
-    else:
+        _print_json(comparison.summary(extra) if comparison is not None else extra)
+    elif comparison is not None:
         print_comparison(comparison, extra.get("latency"))
-        if report is not None:
-            typer.echo(f"Report written to {Path(report)}.")
+
+
+def _write_report(report: str | None, comparison: "Comparison | None", as_json: bool, extra: dict[str, Any]) -> None:
+    """Comes last: a report that cannot be written must not cost the table on the screen."""
+    from caravan.app.report import write_report
+
+    if report is None or comparison is None:
+        return
+    write_report(report, comparison, extra)
+    if not as_json:
+        typer.echo(f"Report written to {Path(report)}.")
 
 
 def _print_json(value: Any) -> None:

@@ -1,5 +1,7 @@
 """Who ranks better: retrievers and untrained or cheaper rivals on the same queries of the same data."""
 
+import itertools
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -72,7 +74,13 @@ class Comparison:
         self.rows: list[Row] = []
 
     def add_ranking(self, name: str, make: Callable[[], Ranking], *, seconds: float = 0.0) -> Row:
-        """Rank, measure and append one row; the time that `make` takes is added to `seconds`."""
+        """Rank, measure and append one row; the time that `make` takes is added to `seconds`.
+
+        A name that is taken gets a number, so that no row hides another where rows are found by name.
+        """
+        taken = {row.name for row in self.rows}
+        numbered = (f"{name} ({number})" for number in itertools.count(2))
+        name = next(free for free in itertools.chain([name], numbered) if free not in taken)
         started = time.perf_counter()
         ranking = make()
         seconds += time.perf_counter() - started
@@ -82,13 +90,21 @@ class Comparison:
 
     def add_retriever(self, name: str, retriever: Retriever, *, seconds: float = 0.0) -> Row:
         """Append a retriever's row; `seconds` is what its training took."""
+        self.check_catalogue(name, retriever)
+        ranking = rank_queries(retriever, self.texts, self.store, self.report, task=f"evaluating {name}")
+        return self.add_ranking(name, lambda: ranking, seconds=seconds)
+
+    def check_catalogue(self, name: str, retriever: Retriever) -> None:
+        """Refuse a retriever whose rows stand for other documents.
+
+        Raises:
+            DataError: it was trained on other documents.
+        """
         if retriever.catalogue.fingerprint != self.dataset.catalogue.fingerprint:
             raise DataError(
                 f"{name} was trained on other documents than those of {self.dataset.name}; "
                 f"compare it on the data set it was trained for"
             )
-        ranking = rank_queries(retriever, self.texts, self.store, self.report, task=f"evaluating {name}")
-        return self.add_ranking(name, lambda: ranking, seconds=seconds)
 
     def add_baselines(self, backbone: Backbone) -> None:
         """Append BM25, MIPS, class centroids, 1-NN, the output-side adapter and the never-pretrained backbone."""
@@ -146,6 +162,10 @@ class Comparison:
         """All rows as plain values."""
         return {row.name: row.to_dict() for row in self.rows}
 
+    def summary(self, extra: Mapping[str, Any]) -> dict[str, Any]:
+        """Data set, split, further plain values and all rows: what `--json` prints and `results.json` holds."""
+        return {"dataset": self.dataset.name, "split": self.split, **extra, "rows": self.to_dict()}
+
     def write_trec(self, folder: str | Path) -> None:
         """Write `qrels.txt` and one `NAME.run` a row, in TREC's formats.
 
@@ -156,7 +176,7 @@ class Comparison:
         query_ids = [example.query_id for example in self.examples]
         write_qrels(folder / "qrels.txt", self.gold, query_ids, self.dataset.catalogue.ids)
         for row in self.rows:
-            name = "-".join(row.name.replace("+", " ").split())
+            name = re.sub(r"[\s+/]+", "-", row.name).strip("-")
             write_run(folder / f"{name}.run", row.ranking, query_ids, self.dataset.catalogue.ids, tag=name)
 
 

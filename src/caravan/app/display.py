@@ -2,6 +2,7 @@
 
 import platform
 import sys
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ from rich.progress import (
 )
 from rich.table import Table
 from rich.text import Text
+
+from caravan.errors import StorageError
 
 if TYPE_CHECKING:
     from caravan.app.comparison import Comparison
@@ -66,49 +69,52 @@ def print_comparison(comparison: "Comparison", latency: Mapping[str, float] | No
     """Print the rows as a table, the best recall@1 in bold, and what else is known of the last one."""
     from caravan.app.report import cells, headings
 
-    console = Console()
+    console = _console()
     name, split = comparison.dataset.name, comparison.split
     title = f"{name}: {len(comparison.examples):,} {split} queries, {len(comparison.dataset.catalogue):,} documents"
-    table = Table(title=title, title_justify="left", title_style="", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table = Table(
+        title=Text(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 0, 0, 1), show_edge=False, pad_edge=False
+    )
     for number, heading in enumerate(headings()):
-        table.add_column(heading, justify="right" if number else "left", no_wrap=True)
+        # Where the terminal is narrow, names fold; a figure that is cut would be another figure.
+        table.add_column(heading, justify="right" if number else "left", no_wrap=number > 0, overflow="fold")
     best = max(row.metrics["recall@1"].value for row in comparison.rows)
     for row in comparison.rows:
-        table.add_row(*cells(row), style="bold" if row.metrics["recall@1"].value == best else "")
+        style = "bold" if row.metrics["recall@1"].value == best else ""
+        table.add_row(*(Text(one_line(cell)) for cell in cells(row)), style=style)
     console.print(table)
     last = comparison.rows[-1]
     if "calibration_error" in last.metrics:
         error = 100 * last.metrics["calibration_error"].value
-        console.print(f"{last.name}: the first hit's probability is off by {error:.1f} points on average (ECE).")
+        _say(console, f"{last.name}: the first hit's probability is off by {error:.1f} points on average (ECE).")
     if latency:
         encode, search, p95 = latency["encode_ms"], latency["search_ms"], latency["search_p95_ms"]
-        console.print(
-            f"{last.name}: one query takes {search:.1f} ms (p95 {p95:.1f}), of which encoding {encode:.1f} ms."
-        )
+        took = f"{search:.1f} ms (p95 {p95:.1f}), encoding alone {encode:.1f} ms"
+        _say(console, f"{last.name}: one query takes {took}.")
     if comparison.dataset.skipped:
-        console.print(f"{comparison.dataset.skipped:,} malformed rows were skipped.")
+        _say(console, f"{comparison.dataset.skipped:,} malformed rows were skipped.")
 
 
 def print_hits(queries: Sequence[str], results: "Sequence[Sequence[Hit]]") -> None:
     """Print the hits of each query with their probabilities."""
-    console = Console()
+    console = _console()
     for query, hits in zip(queries, results, strict=True):
-        console.print(Text(query, style="bold"))
+        _say(console, one_line(query), style="bold")
         for hit in hits:
             heading = f"{hit.doc_id}: {hit.title}" if hit.title else hit.doc_id
-            console.print(Text(f"  {hit.rank}. {hit.probability:6.1%}  {heading}"))
-            console.print(Text(f"             {_shortened(hit.text)}", style="dim"))
+            _say(console, f"{hit.rank:3}. {hit.probability:6.1%}  {one_line(heading)}")
+            _say(console, f"             {_shortened(one_line(hit.text))}", style="dim")
 
 
 def print_searches(result: "DemoResult") -> None:
     """Print queries that ours answers and MIPS does not."""
-    console = Console()
+    console = _console()
     total = f"{result.won} test queries right here and wrong under MIPS, {result.lost} the other way round"
     console.print(f"\n[bold]Where training helped[/bold] ({total}; three of them):")
     for search in result.searches:
-        console.print(Text(f'\n  "{search.query}"'))
-        console.print(Text(f"    caravan  {search.ours}: {search.ours_title}", style="green"))
-        console.print(Text(f"    MIPS     {search.mips}: {search.mips_title}", style="red"))
+        _say(console, f'\n  "{search.query}"')
+        _say(console, f"    caravan  {search.ours}: {search.ours_title}", style="green")
+        _say(console, f"    MIPS     {search.mips}: {search.mips_title}", style="red")
 
 
 def describe_installation() -> dict[str, Any]:
@@ -134,7 +140,11 @@ def describe_installation() -> dict[str, Any]:
 
 
 def describe_model(folder: str) -> dict[str, Any]:
-    """Facts about a saved retriever: what it is made of, on what it was trained, how good it was."""
+    """Facts about a saved retriever: what it is made of, on what it was trained, how good it was.
+
+    Raises:
+        StorageError: the folder is no retriever, or its record is not as caravan writes it.
+    """
     from caravan.storage import load
 
     retriever = load(folder)
@@ -153,6 +163,16 @@ def describe_model(folder: str) -> dict[str, Any]:
         "trained_parameters": sizes,
         "trained_mib": round(4 * sum(sizes.values()) / 2**20, 2),
     }
+    try:
+        facts |= _recorded(record)
+    except (AttributeError, LookupError, TypeError) as error:
+        what = f"not as caravan writes it ({type(error).__name__}: {error})"
+        raise StorageError(f"{folder}/training.json: {what}; restore the file, or train again") from None
+    return facts
+
+
+def _recorded(record: Mapping[str, Any]) -> dict[str, Any]:
+    facts: dict[str, Any] = {}
     for name in ("dataset", "seed", "seconds", "versions", "latency", "privacy"):
         if name in record:
             facts[name] = record[name]
@@ -173,10 +193,24 @@ def print_facts(facts: Mapping[str, Any]) -> None:
         if isinstance(value, Mapping):
             table.add_row(Text(name), "")
             for key, inner in value.items():
-                table.add_row(Text(f"  {key}"), Text(_plain(inner)))
+                table.add_row(Text(f"  {one_line(key)}"), Text(one_line(_plain(inner))))
         else:
-            table.add_row(Text(name), Text(_plain(value)))
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+            table.add_row(Text(name), Text(one_line(_plain(value))))
+    _console().print(table)
+
+
+def one_line(text: str) -> str:
+    """A text as it may be shown: on one line, and without what would steer the terminal (colours, cursor, title)."""
+    return "".join(character for character in " ".join(text.split()) if unicodedata.category(character) != "Cc")
+
+
+def _console() -> Console:
+    # A pipe or a file has no width; a terminal's is asked for.
+    return Console() if sys.stdout is not None and sys.stdout.isatty() else Console(width=120)
+
+
+def _say(console: Console, text: str, *, style: str = "") -> None:
+    console.print(Text(text, style=style), soft_wrap=True)
 
 
 def _plain(value: Any) -> str:

@@ -1,5 +1,6 @@
 """A whole experiment: data, training, rivals, measures, saved folder; and saved retrievers side by side."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from caravan.app.comparison import Comparison, measure_latency
 from caravan.app.learning import Experiment
 from caravan.config import Config, changed, config_from_dict
 from caravan.data.dataset import Dataset
+from caravan.errors import StorageError
 from caravan.model.retriever import Retriever
 from caravan.storage import check_destination, load, save
 from caravan.training.features import FeatureStore, default_cache
@@ -35,8 +37,7 @@ def run_experiment(
     out = Path(out)
     check_destination(out)
     dataset = Dataset.from_config(config.data, seed=config.seed)
-    checkpoint = out.with_name(f"{out.name}.checkpoint")
-    experiment = Experiment(dataset, config, report=report, checkpoint=checkpoint, resume=resume)
+    experiment = Experiment(dataset, config, report=report, checkpoint=checkpoint_folder(out), resume=resume)
     comparison = start_comparison(experiment) if len(dataset.test) or len(dataset.validation) else None
     prefix = "federated " if experiment.federated else ""
 
@@ -50,6 +51,12 @@ def run_experiment(
     save_result(retriever, comparison, out)
     experiment.clear_checkpoint()
     return comparison, retriever
+
+
+def checkpoint_folder(out: str | Path) -> Path:
+    """Where the snapshots of a training lie whose result goes to `out`: `OUT.checkpoint`, beside it."""
+    place = Path(os.path.abspath(out))  # noqa: PTH100 - unlike resolve, a link stays where it is; "." gets a name
+    return place.with_name(f"{place.name}.checkpoint")
 
 
 def start_comparison(experiment: Experiment) -> Comparison:
@@ -96,8 +103,12 @@ def compare_saved(
         DataError: a retriever was trained on other documents than the data set's.
         StorageError: a folder is no retriever.
     """
-    first = load(folders[0])
-    values: dict[str, Any] = first.record.get("config") or Config(backbone=first.encoder.backbone.config).to_dict()
+    # All of them before anything is computed: a folder that is no retriever is to be known at once.
+    retrievers = _load_all(folders)
+    first = retrievers[0]
+    values: Any = first.record.get("config") or Config(backbone=first.encoder.backbone.config).to_dict()
+    if not isinstance(values, dict) or not isinstance(values.get("data"), dict):
+        raise StorageError(f"{folders[0]}/training.json: config holds no settings; restore the file, or train again")
     changes = dict(settings or {})
     if data is not None:
         changes["data.path"] = data
@@ -108,10 +119,31 @@ def compare_saved(
     config = config_from_dict(changed(values, changes), source=f"{folders[0]}/training.json")
     dataset = Dataset.from_config(config.data, seed=config.seed)
     comparison = Comparison(dataset, config, store=FeatureStore(default_cache()), report=report)
+    names = _names(folders)
+    for name, retriever in zip(names, retrievers, strict=True):
+        comparison.check_catalogue(name, retriever)
     if config.evaluation.baselines:
         comparison.add_baselines(first.encoder.backbone)
-    retriever = first
-    for number, folder in enumerate(folders):
-        retriever = load(folder) if number else first
-        comparison.add_retriever(Path(folder).name, retriever, seconds=float(retriever.record.get("seconds", 0.0)))
-    return comparison, measure_latency(retriever, comparison.texts)
+    for name, retriever in zip(names, retrievers, strict=True):
+        seconds = retriever.record.get("seconds")
+        comparison.add_retriever(name, retriever, seconds=float(seconds) if isinstance(seconds, int | float) else 0.0)
+    return comparison, measure_latency(retrievers[-1], comparison.texts)
+
+
+def _load_all(folders: Sequence[str]) -> list[Retriever]:
+    """Load retrievers; those on the same frozen model share one copy of it."""
+    loaded: list[Retriever] = []
+    for folder in folders:
+        retriever = load(folder)
+        encoder = retriever.encoder
+        for other in (one.encoder.backbone for one in loaded):
+            if other.hash == encoder.backbone.hash and other.config == encoder.backbone.config:
+                encoder.backbone = other
+        loaded.append(retriever)
+    return loaded
+
+
+def _names(folders: Sequence[str]) -> list[str]:
+    """The folders' names, or their paths where two have the same name."""
+    names = [Path(os.path.abspath(folder)).name for folder in folders]  # noqa: PTH100 - "." gets a name
+    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]

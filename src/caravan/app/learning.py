@@ -32,6 +32,7 @@ from caravan.training.trainer import Stage, fit
 
 OnStage = Callable[[Stage, Retriever, float], object]
 
+_STAGES: tuple[Stage, ...] = ("head", "adapter")
 _VERSIONS = ("caravan", "torch", "transformers", "safetensors", "flwr")
 _NO_PRIVACY = (
     "Trained without differential privacy: the tensors can reveal training queries to whoever holds them. "
@@ -45,6 +46,7 @@ class Experiment:
     Attributes:
         dataset: the words.
         config: all settings.
+        shards: the clients' examples; none for central training.
         backbone: the frozen model, loaded once.
         retriever: untrained until `run` is called.
     """
@@ -73,19 +75,20 @@ class Experiment:
         """
         self.dataset, self.config, self.report = dataset, config or Config(), report
         self.store = store or FeatureStore(default_cache())
-        self.backbone = backbone or load_backbone(self.config.backbone, seed=self.config.seed)
         self.checkpoint = Path(checkpoint) if checkpoint is not None else None
-        if not resume:
-            for stage in ("head", "adapter"):
-                snapshots = self._snapshots(stage)
-                if snapshots is not None:
-                    snapshots.clear()
+        # What can be refused is refused before the first long work, and before an earlier run's snapshots go.
+        self.shards = self._deal()
+        self.backbone = backbone or load_backbone(self.config.backbone, seed=self.config.seed)
+        if resume:
+            self._check_snapshots()
         self.retriever = self._start()
+        if not resume:
+            self._clear_snapshots()
 
     @property
     def stages(self) -> tuple[Stage, ...]:
         """What is trained, in order."""
-        return ("head", "adapter") if self.config.training.mode == "adapter" else ("head",)
+        return _STAGES if self.config.training.mode == "adapter" else ("head",)
 
     @property
     def federated(self) -> bool:
@@ -106,27 +109,49 @@ class Experiment:
         history: list[dict[str, Any]] = []
         rounds: list[dict[str, Any]] = []
         seconds = 0.0
-        shards = partition(self.dataset.train, self.config.federation, seed=self.config.seed) if self.federated else []
         for stage in self.stages:
             started = time.perf_counter()
             if self.federated:
-                rounds.extend(self._federate(stage, shards))
+                rounds.extend(self._federate(stage, self.shards))
             else:
                 history.extend(self._train(stage))
             seconds += time.perf_counter() - started
             if on_stage is not None:
                 on_stage(stage, self.retriever, seconds)
-        self.retriever.record = self._record(history, rounds, shards, seconds)
+        self.retriever.record = self._record(history, rounds, self.shards, seconds)
         return self.retriever
 
     def clear_checkpoint(self) -> None:
         """Remove the snapshots, once the result is saved."""
-        for stage in self.stages:
+        self._clear_snapshots()
+        if self.checkpoint is not None and self.checkpoint.is_dir() and not any(self.checkpoint.iterdir()):
+            self.checkpoint.rmdir()
+
+    def _deal(self) -> list[Shard]:
+        """The clients' examples, none for central training."""
+        if not self.federated:
+            return []
+        if self.config.head.start == "centroids":
+            raise ConfigError(
+                'head.start = "centroids" would pool the clients\' queries; set it to "documents" or "auto"'
+            )
+        shards = partition(self.dataset.train, self.config.federation, seed=self.config.seed)
+        needed = self.config.federation.min_clients
+        if needed > len(shards):
+            raise ConfigError(f"federation.min_clients is {needed}, there are {len(shards)} clients; lower it")
+        return shards
+
+    def _clear_snapshots(self) -> None:
+        for stage in _STAGES:
             snapshots = self._snapshots(stage)
             if snapshots is not None:
                 snapshots.clear()
-        if self.checkpoint is not None and self.checkpoint.is_dir() and not any(self.checkpoint.iterdir()):
-            self.checkpoint.rmdir()
+
+    def _check_snapshots(self) -> None:
+        for stage in self.stages:
+            snapshots = self._snapshots(stage)
+            if snapshots is not None:
+                snapshots.load()
 
     def _train(self, stage: Stage) -> list[dict[str, Any]]:
         records = fit(
@@ -208,10 +233,6 @@ class Experiment:
         encoder = Encoder(self.backbone, IdentityAdapter(self.backbone.embedding_width))
         rows = self._vectors(encoder, [document.content for document in catalogue], "documents")
         start = config.head.start
-        if self.federated and start == "centroids":
-            raise ConfigError(
-                'head.start = "centroids" would pool the clients\' queries; set it to "documents" or "auto"'
-            )
         choose = start == "auto" and not self.federated and len(self.dataset.validation) > 0
         if start == "centroids" or choose:
             train = self._vectors(encoder, [example.text for example in self.dataset.train], "training queries")

@@ -2,15 +2,17 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from caravan.app.comparison import Comparison, Row
 from caravan.errors import ConfigError
-from caravan.files import make_folder, whole_file
+from caravan.files import check_writable, make_folder, whole_file
 
 COLUMNS = ("recall@1", "recall@5", "recall@10", "mrr@10", "ndcg@10")
 
+_NO_MATPLOTLIB = "plots need matplotlib; install it with `pip install 'caravan[report]'`"
 _INK, _PAPER, _OURS, _THEIRS = "#1f2933", "#ffffff", "#0b7285", "#adb5bd"
 _RIVALS = {"BM25", "MIPS", "centroids", "1-NN", "output adapter", "random backbone"}
 
@@ -45,7 +47,7 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        raise ConfigError("plots need matplotlib; install it with `pip install 'caravan[report]'`") from None
+        raise ConfigError(_NO_MATPLOTLIB) from None
     values = [100 * row.metrics["recall@1"].value for row in rows]
     bounds = [(row.metrics["recall@1"].low, row.metrics["recall@1"].high) for row in rows]
     errors = [
@@ -71,6 +73,18 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> None:
         figure.savefig(temporary, format=path.suffix.lstrip("."), dpi=150, metadata=metadata)
 
 
+def check_report(folder: str | Path) -> None:
+    """Refuse what `write_report` could not do, so that this is known before the work and not after it.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+        StorageError: the folder cannot be written.
+    """
+    if find_spec("matplotlib") is None:
+        raise ConfigError(_NO_MATPLOTLIB)
+    check_writable(folder)
+
+
 def write_report(folder: str | Path, comparison: Comparison, extra: Mapping[str, Any]) -> None:
     """Write `results.json`, `table.md`, `recall.svg`, `recall.png`, `qrels.txt` and one TREC run a row.
 
@@ -84,7 +98,6 @@ def write_report(folder: str | Path, comparison: Comparison, extra: Mapping[str,
         StorageError: the folder cannot be written.
     """
     folder = make_folder(folder)
-    results = {"dataset": comparison.dataset.name, "split": comparison.split, **extra, "rows": comparison.to_dict()}
     title = f"{comparison.dataset.name}, {comparison.split} split, {len(comparison.examples):,} queries"
     plot(comparison.rows, title, folder / "recall.svg")
     plot(comparison.rows, title, folder / "recall.png")
@@ -92,4 +105,4 @@ def write_report(folder: str | Path, comparison: Comparison, extra: Mapping[str,
     with whole_file(folder / "table.md") as temporary:
         temporary.write_text(markdown(comparison.rows), encoding="utf-8")
     with whole_file(folder / "results.json") as temporary:
-        temporary.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(comparison.summary(extra), indent=2) + "\n", encoding="utf-8")

@@ -13,7 +13,7 @@ from caravan.errors import DataError, StorageError
 from caravan.model.adapter import make_adapter
 from caravan.model.backbone import Backbone
 from caravan.model.encoder import Encoder
-from caravan.model.head import FlatHead
+from caravan.model.head import FlatHead, OutputAdapterHead
 
 
 class Retriever(nn.Module):
@@ -32,7 +32,7 @@ class Retriever(nn.Module):
     def __init__(
         self,
         encoder: Encoder,
-        head: FlatHead,
+        head: FlatHead | OutputAdapterHead,
         catalogue: Catalogue,
         *,
         adapter_config: AdapterConfig,

@@ -1,8 +1,9 @@
-"""Which examples make a batch: a new order each epoch, texts of like length together, all from one seed."""
+"""Which examples make a batch and what is dropped of them: new each epoch, all from one seed."""
 
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 _WINDOW = 50  # batches that are sorted by length together: enough to save padding, few enough to stay random
 _WINDOWS = 4  # at least so many an epoch: sorted as a whole, a small data set would give the same batches every epoch
@@ -30,3 +31,9 @@ def epoch_batches(lengths: Sequence[int], batch_size: int, *, seed: int, epoch: 
         chosen = sorted(order[start : start + window], key=lambda index: lengths[index])
         batches.extend(chosen[cut : cut + batch_size] for cut in range(0, len(chosen), batch_size))
     return [batches[index] for index in generator.permutation(len(batches)).tolist()]
+
+
+def noise_source(seed: int, epoch: int, step: int) -> torch.Generator:
+    """Make the CPU generator of one step's dropout: same numbers, same draws, so a resumed step repeats itself."""
+    words = np.random.SeedSequence([epoch, step, seed]).generate_state(1)
+    return torch.Generator().manual_seed(int(words[0]))

@@ -1,6 +1,7 @@
 """Where a training stands, in one safetensors file, so that a killed run goes on as if nothing had happened."""
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,13 @@ class Checkpoint:
         header = {"fingerprint": self.fingerprint, "values": json.dumps(snapshot.values)}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in snapshot.tensors.items()}
         make_folder(self.path.parent)
-        with whole_file(self.path) as temporary:
-            save_file(tensors, temporary, header)
+        try:
+            with whole_file(self.path) as temporary:
+                save_file(tensors, temporary, header)
+        except StorageError:
+            with suppress(OSError):  # only an empty folder goes
+                self.path.parent.rmdir()
+            raise
 
     def load(self) -> Snapshot | None:
         """Give the snapshot on disk, or None when there is none.

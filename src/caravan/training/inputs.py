@@ -22,8 +22,13 @@ class Inputs(Protocol):
 
     lengths: list[int]
 
-    def queries(self, batch: Sequence[int]) -> Tensor:
-        """Give the vectors of the queries numbered in `batch`, float32 (B, H)."""
+    def queries(self, batch: Sequence[int], noise: torch.Generator | None = None) -> Tensor:
+        """Give the vectors of the queries numbered in `batch`, float32 (B, H).
+
+        Args:
+            batch: B numbers.
+            noise: draws what is dropped, as the settings say, against learning queries by heart; None: nothing is.
+        """
         ...
 
     def close(self) -> None:
@@ -34,13 +39,18 @@ class Inputs(Protocol):
 class VectorInputs:
     """Queries as vectors (N, H) computed once: nothing before the head is trained."""
 
-    def __init__(self, vectors: Tensor) -> None:
+    def __init__(self, vectors: Tensor, dropout: float = 0.0) -> None:
         self.vectors = vectors
         self.lengths = [1] * len(vectors)
+        self.dropout = dropout
 
-    def queries(self, batch: Sequence[int]) -> Tensor:
-        """Look vectors up."""
-        return self.vectors[torch.tensor(batch, device=self.vectors.device)]
+    def queries(self, batch: Sequence[int], noise: torch.Generator | None = None) -> Tensor:
+        """Look vectors up; with noise, set a share of their numbers to 0 and scale the rest up."""
+        vectors = self.vectors[torch.tensor(batch, device=self.vectors.device)]
+        if noise is None or not self.dropout:
+            return vectors
+        kept = torch.rand(vectors.shape, generator=noise) >= self.dropout
+        return vectors * kept.to(vectors.device) / (1 - self.dropout)
 
     def close(self) -> None:
         """There is nothing to undo."""
@@ -53,13 +63,17 @@ class TokenInputs:
         self.encoder = encoder
         self.tokens = encoder.tokenize(texts)
         self.lengths = [len(ids) for ids in self.tokens]
+        self.token_dropout = config.adapter.token_dropout
         self.backbone = encoder.backbone.cast(training_dtype(config, encoder.backbone))
         if config.activation_checkpointing:
             self.backbone.checkpoint_activations(True)
 
-    def queries(self, batch: Sequence[int]) -> Tensor:
-        """Encode, differentiably with respect to the adapter."""
-        input_ids, mask = pad([self.tokens[index] for index in batch], device=self.encoder.device)
+    def queries(self, batch: Sequence[int], noise: torch.Generator | None = None) -> Tensor:
+        """Encode, differentiably with respect to the adapter; with noise, leave a share of the tokens out."""
+        tokens = [self.tokens[index] for index in batch]
+        if noise is not None and self.token_dropout:
+            tokens = [_thinned(ids, self.token_dropout, noise) for ids in tokens]
+        input_ids, mask = pad(tokens, device=self.encoder.device)
         return self.encoder(input_ids, mask, backbone=self.backbone)
 
     def close(self) -> None:
@@ -67,15 +81,27 @@ class TokenInputs:
         self.backbone.checkpoint_activations(False)
 
 
+def _thinned(ids: list[int], rate: float, noise: torch.Generator) -> list[int]:
+    """Leave tokens out at a rate, never the first or last: these are the special ones, and one of them is pooled."""
+    kept = (torch.rand(len(ids), generator=noise) >= rate).tolist()
+    return [token for place, token in enumerate(ids) if kept[place] or place in (0, len(ids) - 1)]
+
+
 def encode_inputs(
-    encoder: Encoder, queries: Sequence[str], validation: Sequence[str], store: FeatureStore, report: Report | None
+    encoder: Encoder,
+    queries: Sequence[str],
+    validation: Sequence[str],
+    store: FeatureStore,
+    report: Report | None,
+    *,
+    dropout: float = 0.0,
 ) -> VectorInputs:
     """Encode N queries to train on and M for validation, and number them in this order."""
     # Apart, because vectors depend in their last bits on what shares a batch: validation must change nothing.
     vectors = [encode_with_progress(encoder, queries, store, report)]
     if validation:
         vectors.append(encode_with_progress(encoder, validation, store, report, task="encoding validation queries"))
-    return VectorInputs(torch.cat(vectors))
+    return VectorInputs(torch.cat(vectors), dropout)
 
 
 def encode_with_progress(

@@ -12,8 +12,9 @@ from torch import Tensor
 from caravan.config import AdapterStageConfig, HeadStageConfig, TrainingConfig
 from caravan.data.records import Example
 from caravan.errors import TrainingError
+from caravan.model.head import FlatHead
 from caravan.model.retriever import Retriever
-from caravan.training.batches import epoch_batches
+from caravan.training.batches import epoch_batches, noise_source
 from caravan.training.checkpoint import Checkpoint, Snapshot
 from caravan.training.features import FeatureStore
 from caravan.training.inputs import Inputs, TokenInputs, encode_inputs
@@ -151,10 +152,14 @@ class _Fit:
         """Encode or tokenize the queries, and remember what must not move."""
         encoder, queries, validation = self.retriever.encoder, self.texts[: self.count], self.texts[self.count :]
         if self.stage == "head":
-            self.inputs = encode_inputs(encoder, queries, validation, store, self.report)
+            dropout = self.config.head.dropout
+            self.inputs = encode_inputs(encoder, queries, validation, store, self.report, dropout=dropout)
         else:
             self.inputs = TokenInputs(encoder, self.texts, self.config)
-        self.held = HeldRows(self.retriever.head, self.targets.seen) if self.retriever.head_config.hold_unseen else None
+        head = self.retriever.head
+        self.held: HeldRows | None = None
+        if self.retriever.head_config.hold_unseen and isinstance(head, FlatHead):
+            self.held = HeldRows(head, self.targets.seen)
 
     def run(self, checkpoint: Checkpoint | None) -> None:
         saved = time.monotonic()
@@ -191,7 +196,8 @@ class _Fit:
         for group, peak in zip(self.optimizer.param_groups, self.peak_rates, strict=True):
             group["lr"] = peak * factor
         self.optimizer.zero_grad()
-        loss = sum(self._accumulate(batch, count) for batch in batches)
+        noise = noise_source(self.seed, self.epoch, self.step_in_epoch)
+        loss = sum(self._accumulate(batch, count, noise) for batch in batches)
         if not math.isfinite(loss):
             raise self._diverged(f"the loss is {loss}")
         if self.held is not None:
@@ -209,9 +215,9 @@ class _Fit:
             done = step + 1 - self.epochs.start * steps
             self.report(Progress(self._task(), done, steps * len(self.epochs), loss=loss, rate=count / seconds))
 
-    def _accumulate(self, batch: list[int], count: int) -> float:
+    def _accumulate(self, batch: list[int], count: int, noise: torch.Generator) -> float:
         """Add a batch's part of the gradient of the mean loss over `count` queries; give its part of that loss."""
-        scores = self.retriever.head(self.inputs.queries(batch))
+        scores = self.retriever.head(self.inputs.queries(batch, noise))
         loss = self.targets.loss(scores, batch, self.settings.label_smoothing) * (len(batch) / count)
         loss.backward()
         return float(loss.detach())

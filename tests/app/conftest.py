@@ -1,0 +1,80 @@
+"""A tiny frozen model, a small data set, quick settings and a saved retriever, made once for all tests of this floor."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from command_line import caravan, write_table
+from tiny_models import make_tiny_bert
+from toy_training import CATALOGUE, toy_examples
+
+_QUICK = """
+[data]
+path = '{data}'
+[backbone]
+name = '{backbone}'
+max_tokens = 24
+[head]
+hidden = 0
+[training]
+mode = "head"
+precision = "float32"
+[training.head]
+epochs = 2
+batch_size = 16
+learning_rate = 0.05
+[training.adapter]
+epochs = 1
+[evaluation]
+baselines = false
+random_backbone = false
+bootstrap = 20
+"""
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Things to run commands with; no test changes them.
+
+    Attributes:
+        backbone: a model folder.
+        data: a folder with `train.csv` (36 + 4 queries of two sites), `test.csv` and `documents.csv`.
+        quick: a TOML file that names both and trains in milliseconds.
+        model: a retriever trained with it.
+    """
+
+    backbone: Path
+    data: Path
+    quick: Path
+    model: Path
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    root = tmp_path_factory.mktemp("workshop")
+    backbone, data, quick = make_tiny_bert(root / "backbone"), root / "letters", root / "quick.toml"
+    for name, count, seed in (("train", 40, 0), ("test", 12, 1)):
+        rows = [
+            (example.text, example.doc_ids[0], "south" if number % 4 == 0 else "north")
+            for number, example in enumerate(toy_examples(count, seed=seed))
+        ]
+        write_table(data / f"{name}.csv", ("text", "label", "site"), rows)
+    documents = [(document.doc_id, document.text, f"Letters {document.doc_id}") for document in CATALOGUE]
+    write_table(data / "documents.csv", ("doc_id", "text", "title"), documents)
+    quick.write_text(_QUICK.format(data=data, backbone=backbone), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CARAVAN_CACHE", str(root / "cache"))
+        outcome = caravan("train", "-c", quick, "-o", root / "model")
+    assert outcome.code == 0, outcome.err
+    return Workshop(backbone, data, quick, root / "model")
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder in which the commands of a test run; vectors are kept elsewhere, and shared by all tests."""
+    monkeypatch.setenv("CARAVAN_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
