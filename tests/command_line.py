@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import IO, Any
 from unittest import mock
 
+from caravan import errors
 from caravan.app.cli import main
 
+ERRORS = tuple(f"{name}: " for name, value in vars(errors).items() if isinstance(value, type))
 PROGRAM = Path(sys.executable).with_name("caravan")
 
 
@@ -26,7 +28,24 @@ class Outcome:
     err: str
 
 
-def caravan(*arguments: object, stdin: bytes = b"", encoding: str = "utf-8") -> Outcome:
+@dataclass(frozen=True)
+class Workshop:
+    """Things to run commands with; no test changes them.
+
+    Attributes:
+        backbone: a model folder.
+        data: a folder with `train.csv` (36 + 4 queries of two sites), `test.csv` and `documents.csv`.
+        quick: a TOML file that names both and trains in milliseconds.
+        model: a retriever trained with it.
+    """
+
+    backbone: Path
+    data: Path
+    quick: Path
+    model: Path
+
+
+def run(*arguments: object, stdin: bytes = b"", encoding: str = "utf-8") -> Outcome:
     """Run a command in this process, on streams of its own: pipes of a terminal with this encoding."""
     out, err = io.BytesIO(), io.BytesIO()
     streams: dict[str, Any] = {
@@ -64,6 +83,21 @@ def run_program(*arguments: str | bytes, **settings: Any) -> Outcome:
     process = start_program(*arguments, **settings)
     out, err = process.communicate()
     return Outcome(process.returncode, (out or b"").decode("utf-8"), err.decode("utf-8"))
+
+
+def check_refused(outcome: Outcome, *says: str, code: int = 1) -> None:
+    """Assert that an error is told as it should be: on one line, by its kind, naming the culprit; or as wrong usage."""
+    assert outcome.code == code, outcome
+    assert outcome.out == ""
+    assert "Traceback" not in outcome.err
+    told = outcome.err if code == 1 else " ".join(outcome.err.replace("│", " ").split())  # Typer draws a box
+    for word in says:
+        assert word in told
+    if code == 1:
+        assert outcome.err.startswith(ERRORS)
+        assert outcome.err.endswith("\n")
+        assert outcome.err.count("\n") == 1
+        assert len(outcome.err) < 700
 
 
 def listing(folder: Path) -> dict[str, str]:

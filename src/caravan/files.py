@@ -30,8 +30,12 @@ def make_folder(path: str | Path) -> Path:
     return Path(path)
 
 
-def check_writable(folder: str | Path) -> None:
+def check_writable(folder: str | Path, *, name: str | Path | None = None) -> None:
     """Refuse a folder, there or to be made, in which nothing can be written; nothing is left behind.
+
+    Args:
+        folder: where something is to be written later.
+        name: what the message calls it; the folder itself if None.
 
     Raises:
         StorageError: it, or the folder above it in which it would be made, is a file, or gives no right or no space.
@@ -43,7 +47,7 @@ def check_writable(folder: str | Path) -> None:
         with TemporaryFile(dir=place) as probe:
             probe.write(bytes(4096))  # a full disk may still have room for a name
     except (OSError, ValueError) as error:
-        raise _cannot_write(folder, error) from None
+        raise _cannot_write(folder if name is None else name, error) from None
 
 
 @contextmanager

@@ -108,10 +108,14 @@ def check_destination(folder: str | Path) -> None:
     """Refuse a folder that `save` would not write to, so that this is known before the training and not after it.
 
     Raises:
-        StorageError: it is a file, a folder that is neither empty nor a saved retriever, the root of a disk, or in a
-            place that cannot be written.
+        StorageError: it is a file, a folder that is neither empty nor a saved retriever, the root of a disk, in a place
+            that cannot be written, or of a name that is no text.
     """
     place = Path(folder)
+    try:
+        str(folder).encode("utf-8")
+    except UnicodeEncodeError:
+        raise StorageError(f"{folder}: the name is not UTF-8, which safetensors cannot open; choose another") from None
     try:
         if place.exists() and not (place.is_dir() and (not any(place.iterdir()) or _is_retriever(place))):
             what = "is a folder of something else" if place.is_dir() else "is a file"
@@ -122,7 +126,7 @@ def check_destination(folder: str | Path) -> None:
             raise StorageError(f"{folder}: is the root of a disk, which cannot be replaced; choose a folder in it")
     except OSError as error:
         raise StorageError(f"{folder}: cannot be looked at: {error.strerror}; choose another folder") from None
-    check_writable(Path(os.path.realpath(folder)).parent)
+    check_writable(Path(os.path.realpath(folder)).parent, name=folder)
 
 
 def load(

@@ -1,11 +1,10 @@
-"""A tiny frozen model, a small data set, quick settings and a saved retriever, made once for all tests of this floor."""
+"""A tiny frozen model, a small data set, quick settings and a saved retriever, made once for all tests here."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from command_line import caravan, write_table
+from command_line import Workshop, run, write_table
 from tiny_models import make_tiny_bert
 from toy_training import CATALOGUE, toy_examples
 
@@ -33,23 +32,6 @@ bootstrap = 20
 """
 
 
-@dataclass(frozen=True)
-class Workshop:
-    """Things to run commands with; no test changes them.
-
-    Attributes:
-        backbone: a model folder.
-        data: a folder with `train.csv` (36 + 4 queries of two sites), `test.csv` and `documents.csv`.
-        quick: a TOML file that names both and trains in milliseconds.
-        model: a retriever trained with it.
-    """
-
-    backbone: Path
-    data: Path
-    quick: Path
-    model: Path
-
-
 @pytest.fixture(scope="session")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     root = tmp_path_factory.mktemp("workshop")
@@ -65,7 +47,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     quick.write_text(_QUICK.format(data=data, backbone=backbone), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CARAVAN_CACHE", str(root / "cache"))
-        outcome = caravan("train", "-c", quick, "-o", root / "model")
+        outcome = run("train", "-c", quick, "-o", root / "model")
     assert outcome.code == 0, outcome.err
     return Workshop(backbone, data, quick, root / "model")
 
@@ -74,7 +56,5 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 def here(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder in which the commands of a test run; vectors are kept elsewhere, and shared by all tests."""
     monkeypatch.setenv("CARAVAN_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-    folder = tmp_path / "here"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    return folder
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

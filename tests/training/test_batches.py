@@ -1,10 +1,11 @@
 import itertools
 import random
 
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from caravan.training.batches import epoch_batches
+from caravan.training.batches import epoch_batches, noise_source
 
 
 def padding(batches: list[list[int]], lengths: list[int]) -> int:
@@ -65,3 +66,20 @@ def test_long_and_short_batches_come_in_mixed_order():
 
 def test_no_examples_make_no_batches():
     assert epoch_batches([], 8, seed=0, epoch=0) == []
+
+
+def draws(seed: int, epoch: int, step: int) -> tuple[float, ...]:
+    return tuple(torch.rand(4, generator=noise_source(seed, epoch, step)).tolist())
+
+
+def test_the_same_step_of_the_same_training_draws_the_same_noise():
+    torch.manual_seed(5)  # the global generator has no say
+    assert draws(3, 2, 1) == draws(3, 2, 1)
+    assert noise_source(3, 2, 1).device == torch.device("cpu")
+
+
+def test_other_seeds_epochs_and_steps_draw_other_noise():
+    # The last ones would meet under sums and products of the numbers, or where only 32 bits of a seed count.
+    steps = list(itertools.product(range(12), range(12), range(12)))
+    steps += [(2**32, 0, 0), (2**32 + 1, 0, 0), (7 * 2**32 + 5, 0, 0), (2**63 - 1, 0, 0), (0, 1000, 0), (0, 0, 1000)]
+    assert len({draws(*numbers) for numbers in steps}) == len(steps)

@@ -124,7 +124,9 @@ def train(
     ] = None,
     rounds: Annotated[int | None, typer.Option(help="Rounds of averaging; the epochs are divided over them.")] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same result.")] = None,
-    documents: Annotated[str | None, typer.Option(metavar="FILE", help="doc_id,text[,title,metadata].")] = None,
+    documents: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Documents: doc_id, text, perhaps title, metadata.")
+    ] = None,
     test: Annotated[str | None, typer.Option(metavar="FILE", help="Test queries.")] = None,
     text_column: Annotated[str | None, typer.Option(help="The query's column.")] = None,
     label_column: Annotated[str | None, typer.Option(help="The document id's column.")] = None,
@@ -142,7 +144,7 @@ def train(
     """Train a retriever, measure it beside its rivals, and save it.
 
     caravan train helpdesk -o my-retriever
-    caravan train queries.csv --documents faq.csv --test held-out.csv -o faq-retriever --mode head
+    caravan train faq.csv --test held-out.csv -o faq-retriever --mode head
     caravan train helpdesk -o sites --partition-by site --rounds 5
     caravan train --print-config > caravan.toml
     caravan train -c caravan.toml -o my-retriever --set training.adapter.epochs=8
@@ -326,7 +328,9 @@ def main() -> None:
 
 
 def _fail(message: str) -> NoReturn:
-    typer.echo(" ".join(message.split()), err=True)
+    # Names and cells of files may stand in a message, and in them what would steer the terminal.
+    shown = "".join(part if part.isprintable() else repr(part)[1:-1] for part in " ".join(message.split()))
+    typer.echo(shown, err=True)
     # What standard output did not take must not be tried again at exit, which would print a second message.
     with suppress(OSError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -7,9 +7,10 @@ from typing import Any
 from caravan.app.comparison import Comparison
 from caravan.app.experiment import save_result, start_comparison
 from caravan.app.learning import Experiment
-from caravan.config import Config
+from caravan.config import Config, DataConfig
 from caravan.data.dataset import Dataset
 from caravan.model.retriever import Retriever
+from caravan.storage import check_destination
 from caravan.training.features import FeatureStore, default_cache
 from caravan.training.progress import Report, prefixed
 
@@ -57,26 +58,28 @@ def run_demo(config: Config, out: str | Path, *, report: Report | None = None) -
     Raises:
         CaravanError: see `Experiment`.
     """
-    sites = replace(config.federation, partition="column", column="site")
+    check_destination(out)
+    sites = replace(config.federation, clients=0, partition="column", column="site")
     central = replace(
         config,
-        data=replace(config.data, path="helpdesk"),
+        data=DataConfig(path="helpdesk"),
         federation=replace(config.federation, clients=0, partition="iid"),
-        evaluation=replace(config.evaluation, random_backbone=False),
+        evaluation=replace(config.evaluation, baselines=True, random_backbone=False),
     )
     dataset = Dataset.from_config(central.data, seed=central.seed)
     store = FeatureStore(default_cache())
     experiment = Experiment(dataset, central, store=store, report=report)
-    comparison = start_comparison(experiment)
-    retriever = experiment.run(
-        lambda stage, trained, seconds: comparison.add_retriever(stage, trained, seconds=seconds)
-    )
+    # Made now, run later: settings that clients refuse are to be known before the long work.
     federated = Experiment(
         dataset,
         replace(central, federation=sites),
         backbone=experiment.backbone,
         store=store,
         report=prefixed(report, "four sites: "),
+    )
+    comparison = start_comparison(experiment)
+    retriever = experiment.run(
+        lambda stage, trained, seconds: comparison.add_retriever(stage, trained, seconds=seconds)
     )
     trained = federated.run()
     comparison.add_retriever(f"federated {central.training.mode}", trained, seconds=trained.record["seconds"])

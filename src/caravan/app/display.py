@@ -30,8 +30,11 @@ if TYPE_CHECKING:
     from caravan.training.progress import Progress as Step
 
 
+_LEAST_COLUMNS = 80
+
+
 class Bars:
-    """Progress bars on standard error, one at a time; pass the object itself as a `report`."""
+    """Progress bars on standard error where it is a terminal, one at a time; pass the object itself as a `report`."""
 
     def __init__(self, *, quiet: bool) -> None:
         self._console = Console(stderr=True, quiet=quiet)
@@ -44,6 +47,7 @@ class Bars:
             TextColumn("{task.fields[note]}", markup=False),
             console=self._console,
             transient=True,
+            disable=not self._console.is_terminal,  # else Rich would leave an empty line in a log
         )
         self._task: tuple[str, TaskID] | None = None
 
@@ -70,27 +74,27 @@ def print_comparison(comparison: "Comparison", latency: Mapping[str, float] | No
     from caravan.app.report import cells, headings
 
     console = _console()
-    name, split = comparison.dataset.name, comparison.split
+    name, split = one_line(comparison.dataset.name), comparison.split
     title = f"{name}: {len(comparison.examples):,} {split} queries, {len(comparison.dataset.catalogue):,} documents"
     table = Table(
         title=Text(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 0, 0, 1), show_edge=False, pad_edge=False
     )
     for number, heading in enumerate(headings()):
-        # Where the terminal is narrow, names fold; a figure that is cut would be another figure.
+        # Names fold; a figure that is cut would be another figure.
         table.add_column(heading, justify="right" if number else "left", no_wrap=number > 0, overflow="fold")
     best = max(row.metrics["recall@1"].value for row in comparison.rows)
     for row in comparison.rows:
         style = "bold" if row.metrics["recall@1"].value == best else ""
         table.add_row(*(Text(one_line(cell)) for cell in cells(row)), style=style)
     console.print(table)
-    last = comparison.rows[-1]
+    last, last_name = comparison.rows[-1], one_line(comparison.rows[-1].name)
     if "calibration_error" in last.metrics:
         error = 100 * last.metrics["calibration_error"].value
-        _say(console, f"{last.name}: the first hit's probability is off by {error:.1f} points on average (ECE).")
+        _say(console, f"{last_name}: the first hit's probability is off by {error:.1f} points on average (ECE).")
     if latency:
         encode, search, p95 = latency["encode_ms"], latency["search_ms"], latency["search_p95_ms"]
         took = f"{search:.1f} ms (p95 {p95:.1f}), encoding alone {encode:.1f} ms"
-        _say(console, f"{last.name}: one query takes {took}.")
+        _say(console, f"{last_name}: one query takes {took}.")
     if comparison.dataset.skipped:
         _say(console, f"{comparison.dataset.skipped:,} malformed rows were skipped.")
 
@@ -112,9 +116,9 @@ def print_searches(result: "DemoResult") -> None:
     total = f"{result.won} test queries right here and wrong under MIPS, {result.lost} the other way round"
     console.print(f"\n[bold]Where training helped[/bold] ({total}; three of them):")
     for search in result.searches:
-        _say(console, f'\n  "{search.query}"')
-        _say(console, f"    caravan  {search.ours}: {search.ours_title}", style="green")
-        _say(console, f"    MIPS     {search.mips}: {search.mips_title}", style="red")
+        _say(console, f'\n  "{one_line(search.query)}"')
+        _say(console, f"    caravan  {one_line(f'{search.ours}: {search.ours_title}')}", style="green")
+        _say(console, f"    MIPS     {one_line(f'{search.mips}: {search.mips_title}')}", style="red")
 
 
 def describe_installation() -> dict[str, Any]:
@@ -205,8 +209,11 @@ def one_line(text: str) -> str:
 
 
 def _console() -> Console:
-    # A pipe or a file has no width; a terminal's is asked for.
-    return Console() if sys.stdout is not None and sys.stdout.isatty() else Console(width=120)
+    if sys.stdout is None or not sys.stdout.isatty():
+        return Console(width=120)  # a pipe or a file has no width
+    console = Console()
+    # In less the figures have no room: better that the terminal wraps the lines.
+    return console if console.width >= _LEAST_COLUMNS else Console(width=_LEAST_COLUMNS)
 
 
 def _say(console: Console, text: str, *, style: str = "") -> None:

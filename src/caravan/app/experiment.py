@@ -56,7 +56,7 @@ def run_experiment(
 def checkpoint_folder(out: str | Path) -> Path:
     """Where the snapshots of a training lie whose result goes to `out`: `OUT.checkpoint`, beside it."""
     place = Path(os.path.abspath(out))  # noqa: PTH100 - unlike resolve, a link stays where it is; "." gets a name
-    return place.with_name(f"{place.name}.checkpoint")
+    return place.parent / f"{place.name}.checkpoint"
 
 
 def start_comparison(experiment: Experiment) -> Comparison:

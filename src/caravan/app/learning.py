@@ -264,6 +264,7 @@ class Experiment:
         digest.update(self.backbone.hash.encode())
         digest.update(self.dataset.catalogue.fingerprint.encode())
         for examples in (self.dataset.train, self.dataset.validation):
+            digest.update(len(examples).to_bytes(8))  # where train ends and validation begins
             for example in examples:
                 digest.update(json.dumps([example.text, example.doc_ids, dict(example.columns)]).encode())
         return digest.hexdigest()

@@ -32,7 +32,8 @@ def headings() -> list[str]:
 
 def markdown(rows: Sequence[Row]) -> str:
     """Rows as a Markdown table."""
-    lines = [headings(), ["---", *["---:"] * len(COLUMNS), "---:"], *(cells(row) for row in rows)]
+    figures = [[cell.replace("|", "\\|") for cell in cells(row)] for row in rows]
+    lines = [headings(), ["---", *["---:"] * len(COLUMNS), "---:"], *figures]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -44,6 +45,7 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> None:
         StorageError: the file cannot be written.
     """
     try:
+        from matplotlib import rc_context
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
@@ -61,13 +63,14 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> None:
     axes.barh(range(len(rows)), values, xerr=errors, color=colours, ecolor=_INK, height=0.66, capsize=2)
     for place, (value, upper) in enumerate(zip(values, errors[1], strict=True)):
         axes.text(value + upper + 0.8, place, f"{value:.1f}", va="center", color=_INK, fontsize=9)
-    axes.set_yticks(range(len(rows)), [row.name for row in rows])
+    # A name may hold dollar signs, which are no formula, and bytes of a path that are no text.
+    axes.set_yticks(range(len(rows)), [_text(row.name) for row in rows], parse_math=False)
     axes.invert_yaxis()
     axes.set_xlim(0, 108)
     axes.set_xlabel("recall@1, % of queries (bar: 95% bootstrap interval)")
-    axes.set_title(title, loc="left", fontsize=11)
+    axes.set_title(_text(title), loc="left", fontsize=11, parse_math=False)
     axes.spines[["top", "right"]].set_visible(False)
-    with whole_file(path) as temporary:
+    with whole_file(path) as temporary, rc_context({"svg.hashsalt": "caravan"}):
         # A fixed salt and no date: the same figures give the same file.
         metadata = {"Date": None} if path.suffix == ".svg" else {}
         figure.savefig(temporary, format=path.suffix.lstrip("."), dpi=150, metadata=metadata)
@@ -103,6 +106,10 @@ def write_report(folder: str | Path, comparison: Comparison, extra: Mapping[str,
     plot(comparison.rows, title, folder / "recall.png")
     comparison.write_trec(folder)
     with whole_file(folder / "table.md") as temporary:
-        temporary.write_text(markdown(comparison.rows), encoding="utf-8")
+        temporary.write_text(_text(markdown(comparison.rows)), encoding="utf-8")
     with whole_file(folder / "results.json") as temporary:
         temporary.write_text(json.dumps(comparison.summary(extra), indent=2) + "\n", encoding="utf-8")
+
+
+def _text(name: str) -> str:
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")

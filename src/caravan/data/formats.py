@@ -216,7 +216,7 @@ def text_bytes(path: Path) -> int:
     """About how many bytes a file holds once unpacked; 0 where it cannot be told."""
     try:
         size = path.stat().st_size
-    except OSError:
+    except (OSError, ValueError):
         return 0  # opening it reports what is wrong
     return size * _GZIP_RATIO if path.name.lower().endswith(".gz") else size
 

@@ -137,6 +137,8 @@ def lines(path: Path) -> Iterator[str]:
         raise fault(path, None, "a folder where a file is expected; give the path of the file in it") from None
     except OSError as error:
         raise fault(path, None, f"cannot be read: {error.strerror or error}; check the file and its rights") from None
+    except ValueError as error:  # a NUL in its name
+        raise fault(shown(str(path)), None, f"no usable path: {error}; check it") from None
 
 
 def _open(path: Path) -> IO[bytes]:

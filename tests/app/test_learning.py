@@ -1,0 +1,511 @@
+"""Training from settings: centrally, on clients, stopped and taken up again."""
+
+import io
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+import caravan
+from caravan.app.learning import Experiment, federate, train
+from caravan.config import FederationConfig
+from caravan.data.splits import Selection
+from caravan.errors import ConfigError, DataError, FederationError, StorageError
+from caravan.model.adapter import IdentityAdapter
+from caravan.model.encoder import Encoder
+from caravan.training.features import FeatureStore
+from toy_experiments import share_found, toy_dataset, toy_settings, with_wrong_documents, with_wrong_queries
+from toy_training import UNSEEN, Log, StoppedError, assert_same_bits, differ, toy_backbone
+
+DATASET = toy_dataset()
+both_modes = pytest.mark.parametrize("mode", ["head", "adapter"])
+DEALS = {
+    "iid": ({"clients": 3}, ["client-0", "client-1", "client-2"]),
+    "dirichlet": ({"clients": 3, "partition": "dirichlet"}, ["client-0", "client-1", "client-2"]),
+    "column": ({"partition": "column", "column": "site"}, ["east", "north", "west"]),
+}
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory):
+    return toy_backbone(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture
+def settings(backbone):
+    return lambda **parts: toy_settings(backbone.config, **parts)
+
+
+@pytest.fixture
+def prepare(backbone):
+    """An experiment without files of its own: vectors are computed anew, the backbone is shared."""
+
+    def prepare(config, dataset=DATASET, **options):
+        return Experiment(dataset, config, **{"backbone": backbone, "store": FeatureStore(), **options})
+
+    return prepare
+
+
+def vectors(backbone, texts):
+    return Encoder(backbone, IdentityAdapter(backbone.embedding_width)).encode(list(texts))
+
+
+def timeless(records):
+    """Records as they are read back from a file, without the times in them."""
+    return [{name: value for name, value in record.items() if name != "seconds"} for record in as_json(records)]
+
+
+def as_json(value):
+    return json.loads(json.dumps(value, allow_nan=False))
+
+
+class Raising:
+    """A report that raises when a piece of work whose name begins with `task` is told of for the n-th time."""
+
+    def __init__(self, task, error, *, after=1):
+        self.task, self.error, self.left = task, error, after
+
+    def __call__(self, progress):
+        self.left -= progress.task.startswith(self.task)
+        if self.left < 1 and progress.task.startswith(self.task):
+            raise self.error
+
+
+# Central
+
+
+@both_modes
+def test_training_learns_the_task_and_moves_what_the_mode_says(settings, prepare, mode):
+    dataset = with_wrong_documents(toy_dataset(120, noise=0.2, test=100))  # else the start already finds most
+    untrained = prepare(settings(mode=mode), dataset).retriever
+    start, before = untrained.trainable_state(), share_found(untrained, dataset.test)
+    retriever = train(dataset, settings(mode=mode, epochs=8, rate=0.1))
+    head = {"head.rows", "head.bias", "head.log_scale"}
+    assert differ(retriever.trainable_state(), start) == head | ({"adapter.matrix"} if mode == "adapter" else set())
+    assert share_found(retriever, dataset.test) > before + 0.3
+    stages = ["head"] * 8 + (["adapter"] * 8 if mode == "adapter" else [])
+    assert [record["stage"] for record in retriever.record["history"]] == stages
+
+
+@both_modes
+def test_the_same_seed_gives_the_same_bits_from_the_public_functions_too(settings, mode):
+    first, again, other = (
+        train(DATASET, settings(mode=mode, epochs=1, seed=seed)).trainable_state() for seed in (13, 13, 14)
+    )
+    assert_same_bits(first, again)
+    assert "head.rows" in differ(first, other)
+    ours, theirs = (
+        federate(DATASET, settings(mode=mode, epochs=1, federation={"clients": 2})).trainable_state() for _ in range(2)
+    )
+    assert_same_bits(ours, theirs)
+
+
+def test_the_adapter_stage_goes_on_from_the_head_stages_solution(settings, prepare):
+    alone = prepare(settings(mode="head")).run().trainable_state()
+    seen = {}
+    prepare(settings(mode="adapter")).run(lambda stage, now, seconds: seen.update({stage: now.trainable_state()}))
+    assert list(seen) == ["head", "adapter"]
+    assert {name for name in alone if not torch.equal(alone[name], seen["head"][name])} == set()
+    assert "adapter.matrix" in differ(seen["head"], seen["adapter"])
+
+
+def test_training_does_not_look_at_the_settings_of_clients(settings):
+    config = settings(mode="head", epochs=1)
+    central = train(DATASET, config)
+    asked = train(DATASET, replace(config, federation=FederationConfig(clients=3)))
+    assert_same_bits(asked.trainable_state(), central.trainable_state())
+    assert "federation" not in asked.record
+
+
+# What the head starts from
+
+
+def test_centroids_are_the_start_where_the_documents_texts_are_poor(settings, prepare, backbone):
+    dataset = with_wrong_documents(DATASET)
+    experiment = prepare(settings(head={"start": "auto"}), dataset)
+    rows = experiment.retriever.head.rows.detach()
+    queries = vectors(backbone, [example.text for example in dataset.train])
+    for row in range(4):
+        own = torch.tensor([example.doc_ids == (f"d{row}",) for example in dataset.train])
+        torch.testing.assert_close(rows[row], normalize(queries[own].mean(dim=0), dim=0))
+    documents = vectors(backbone, [document.content for document in dataset.catalogue])
+    torch.testing.assert_close(rows[UNSEEN], documents[UNSEEN])
+    worse = prepare(settings(head={"start": "documents"}), dataset).retriever
+    assert share_found(experiment.retriever, dataset.validation) > share_found(worse, dataset.validation)
+
+
+def test_documents_are_the_start_where_the_queries_tell_less(settings, prepare, backbone):
+    dataset = with_wrong_queries(DATASET)
+    documents = vectors(backbone, [document.content for document in dataset.catalogue])
+    started = {
+        start: prepare(settings(head={"start": start}), dataset).retriever
+        for start in ("auto", "documents", "centroids")
+    }
+    torch.testing.assert_close(started["auto"].head.rows.detach(), documents)
+    assert_same_bits(started["auto"].trainable_state(), started["documents"].trainable_state())
+    found = {start: share_found(retriever, dataset.validation) for start, retriever in started.items()}
+    assert found["auto"] > found["centroids"]
+
+
+@pytest.mark.parametrize("case", ["clients", "no validation"])
+def test_without_validation_or_with_clients_the_start_is_the_documents(settings, prepare, backbone, case):
+    dataset = with_wrong_documents(DATASET)
+    clients = {"clients": 3} if case == "clients" else {}
+    dataset = dataset if clients else replace(dataset, validation=())
+    retriever = prepare(settings(head={"start": "auto"}, federation=clients), dataset).retriever
+    documents = vectors(backbone, [document.content for document in dataset.catalogue])
+    torch.testing.assert_close(retriever.head.rows.detach(), documents)
+
+
+@pytest.mark.parametrize("clients", [0, 3])
+@both_modes
+def test_documents_without_training_queries_keep_their_row(settings, prepare, backbone, mode, clients):
+    retriever = prepare(settings(mode=mode, epochs=2, federation={"clients": clients, "rounds": 2})).run()
+    state = retriever.trainable_state()
+    documents = vectors(backbone, [document.content for document in DATASET.catalogue])
+    assert torch.equal(state["head.rows"][UNSEEN], documents[UNSEEN])
+    assert float(state["head.bias"][UNSEEN]) == 0
+    assert not torch.isclose(state["head.rows"][:UNSEEN], documents[:UNSEEN]).all(dim=1).any()
+
+
+# Clients
+
+
+@both_modes
+@pytest.mark.parametrize("deal", DEALS)
+def test_clients_that_do_not_pool_their_queries_learn_the_task(settings, prepare, mode, deal):
+    federation, names = DEALS[deal]
+    dataset = with_wrong_documents(toy_dataset(120, noise=0.2, test=100))  # else the start already finds most
+    config = settings(mode=mode, epochs=3, batch_size=16, rate=0.1, federation={**federation, "rounds": 3})
+    before = share_found(prepare(config, dataset).retriever, dataset.test)
+    retriever = federate(dataset, config)
+    assert share_found(retriever, dataset.test) > before + 0.3
+    record = retriever.record["federation"]
+    assert [client["name"] for client in record["clients"]] == names
+    assert sum(client["examples"] for client in record["clients"]) == 120
+    stages = ["head", "adapter"] if mode == "adapter" else ["head"]
+    assert [(each["stage"], each["round"]) for each in record["rounds"]] == [
+        (stage, number) for stage in stages for number in (1, 2, 3)
+    ]
+    for each in record["rounds"]:
+        assert list(each["clients"]) == names
+        assert list(each["examples"]) == [client["examples"] for client in record["clients"]]
+        assert not each["failures"]
+    last = record["rounds"][-1]["validation_recall"]
+    assert last == pytest.approx(share_found(retriever, dataset.validation))
+
+
+def test_sites_get_the_queries_that_were_asked_there(settings, prepare):
+    experiment = prepare(settings(federation={"partition": "column", "column": "site"}))
+    assert [(shard.name, len(shard.examples)) for shard in experiment.shards] == [
+        ("east", 24),
+        ("north", 16),
+        ("west", 8),
+    ]
+    assert all({example.columns["site"] for example in shard.examples} == {shard.name} for shard in experiment.shards)
+
+
+@pytest.mark.parametrize("config", [None, {}, {"partition": "dirichlet"}])
+def test_three_clients_is_what_federate_means_when_nothing_is_said(settings, monkeypatch, config):
+    prepared = []
+    monkeypatch.setattr(Experiment, "__init__", lambda self, dataset, config, **options: prepared.append(config))
+    monkeypatch.setattr(Experiment, "run", lambda self: None)
+    federate(DATASET, None if config is None else settings(federation=config))
+    assert prepared[0].federation.clients == 3
+    assert prepared[0].federation.partition == (config or {}).get("partition", "iid")
+
+
+@both_modes
+def test_one_client_and_one_round_equal_central_training_bit_for_bit(settings, prepare, mode):
+    central = prepare(settings(mode=mode)).run()
+    alone = prepare(settings(mode=mode, federation={"clients": 1, "rounds": 1})).run()
+    assert_same_bits(alone.trainable_state(), central.trainable_state())
+    assert differ(alone.trainable_state(), prepare(settings(mode=mode)).retriever.trainable_state())
+
+
+@both_modes
+def test_three_clients_dealt_at_random_reach_what_central_training_reaches(settings, prepare, mode):
+    dataset = toy_dataset(160, noise=0.3, test=200)
+    shared = {"mode": mode, "epochs": 6}
+    start = share_found(prepare(settings(**shared), dataset).retriever, dataset.test)
+    central = share_found(prepare(settings(**shared), dataset).run(), dataset.test)
+    federation = {"clients": 3, "rounds": 3}
+    federated = share_found(prepare(settings(**shared, federation=federation), dataset).run(), dataset.test)
+    assert federated == pytest.approx(central, abs=0.05)
+    assert federated > start + 0.1
+
+
+def test_rounds_are_never_more_than_epochs_to_divide(settings, prepare):
+    record = prepare(settings(mode="head", epochs=2, federation={"clients": 2, "rounds": 5})).run().record
+    assert len(record["federation"]["rounds"]) == 2
+
+
+def test_what_goes_over_the_wire_is_counted(settings, prepare):
+    retriever = prepare(settings(mode="adapter", epochs=1, federation={"clients": 3, "rounds": 1})).run()
+
+    def packed(tensors):
+        total = 0
+        for tensor in tensors:
+            buffer = io.BytesIO()
+            np.save(buffer, tensor.numpy())
+            total += buffer.tell()
+        return total
+
+    state = retriever.trainable_state()
+    head, both = packed(state[name] for name in state if name.startswith("head.")), packed(state.values())
+    counted = [
+        (each["stage"], each["bytes_up"], each["bytes_down"]) for each in retriever.record["federation"]["rounds"]
+    ]
+    assert counted == [("head", 3 * head, 3 * head), ("adapter", 3 * both, 3 * both)]
+
+
+def test_a_client_whose_training_fails_is_reported_and_the_others_go_on(settings, prepare):
+    config = settings(mode="head", epochs=2, federation={"partition": "column", "column": "site", "rounds": 2})
+    log = Raising("round 1/2, west", OSError("the disk of west\nis full"))
+    retriever = prepare(config, report=log).run()
+    first, second = retriever.record["federation"]["rounds"]
+    assert list(first["failures"]) == [{"client": "west", "reason": "OSError: the disk of west is full"}]
+    assert (list(first["clients"]), list(first["examples"])) == (["east", "north"], [24, 16])
+    assert list(second["clients"]) == ["east", "north", "west"]
+    assert not second["failures"]
+
+
+def test_a_client_that_always_fails_leaves_what_the_others_learn_without_it(settings, prepare):
+    config = settings(epochs=2, federation={"partition": "column", "column": "site", "rounds": 2})
+    failing = prepare(config, report=lambda progress: 1 / ("west" not in progress.task)).run()
+    others = replace(DATASET, train=[example for example in DATASET.train if example.columns["site"] != "west"])
+    assert_same_bits(failing.trainable_state(), prepare(config, others).run().trainable_state())
+
+
+def test_all_clients_failing_is_an_error_that_names_their_reasons(settings, prepare):
+    config = settings(mode="head", epochs=2, rate=1e30, max_gradient_norm=None, federation={"clients": 3, "rounds": 2})
+    with pytest.raises(FederationError, match=r"round 1: 0 of 3 clients .*client-0, client-1, client-2: TrainingError"):
+        prepare(config).run()
+
+
+def test_fewer_usable_clients_than_asked_for_is_an_error(settings, prepare):
+    config = settings(mode="head", epochs=1, federation={"clients": 3, "rounds": 1, "min_clients": 3})
+    with pytest.raises(FederationError, match=r"2 of 3 clients .*min_clients is 3 \(client-1: StoppedError"):
+        prepare(config, report=Raising("round 1/1, client-1: training", StoppedError("no"))).run()
+
+
+@pytest.mark.parametrize(
+    ("parts", "error", "told"),
+    [
+        ({"head": {"start": "centroids"}, "federation": {"clients": 3}}, ConfigError, r'head\.start = "centroids"'),
+        (
+            {"head": {"start": "centroids"}, "federation": {"partition": "column", "column": "site"}},
+            ConfigError,
+            r'head\.start = "centroids"',
+        ),
+        ({"federation": {"clients": 2, "min_clients": 3}}, ConfigError, r"min_clients is 3, there are 2 clients"),
+        ({"federation": {"clients": 49}}, DataError, "48 training examples cannot be dealt to 49 clients"),
+        ({"federation": {"partition": "column", "column": "town"}}, DataError, "no value in the column 'town'"),
+    ],
+)
+def test_what_clients_refuse_is_refused_before_any_work(settings, tmp_path, parts, error, told):
+    log = Log()
+    with pytest.raises(error, match=told) as caught:
+        federate(DATASET, settings(**parts), report=log, checkpoint=tmp_path / "snapshots")
+    assert "\n" not in str(caught.value)
+    assert log.told == []
+    assert not (tmp_path / "snapshots").exists()
+
+
+# The record
+
+
+@pytest.mark.parametrize("clients", [0, 3])
+def test_the_record_is_plain_json_and_says_how_it_came_about(settings, prepare, clients):
+    config = settings(epochs=2, federation={"clients": clients, "rounds": 2})
+    dataset = replace(DATASET, skipped=3)
+    record = prepare(config, dataset).run().record
+    assert as_json(record)["config"] == as_json(config.to_dict())
+    assert record["dataset"] == {
+        "name": "letters",
+        "documents": 5,
+        "train": 48,
+        "validation": 20,
+        "test": 30,
+        "skipped": 3,
+    }
+    assert record["seed"] == 13
+    assert record["seconds"] > 0
+    assert "without differential privacy" in record["privacy"]
+    assert record["versions"]["caravan"] == caravan.__version__
+    assert record["versions"]["torch"] == torch.__version__
+    assert {"python", "transformers", "safetensors", "flwr"} <= record["versions"].keys()
+    assert [(each["stage"], each["epoch"]) for each in record["history"]] == (
+        [] if clients else [(stage, epoch) for stage in ("head", "adapter") for epoch in (0, 1)]
+    )
+    assert ("federation" in record) == bool(clients)
+
+
+def test_a_centrally_trained_records_history_ends_with_the_retrievers_own_recall(settings, prepare):
+    retriever = prepare(settings()).run()
+    last = retriever.record["history"][-1]
+    assert last["validation_recall"] == pytest.approx(share_found(retriever, DATASET.validation))
+    assert 0 < last["loss"] < retriever.record["history"][0]["loss"]
+
+
+# Stopped and taken up again
+
+
+@pytest.mark.parametrize(("stage", "stop"), [("head", 2), ("head", 6), ("head", 7), ("adapter", 1), ("adapter", 9)])
+def test_a_central_training_is_resumed_to_the_same_bits(settings, prepare, tmp_path, stage, stop):
+    config = settings(epochs=3, batch_size=20, checkpoint_seconds=1e-9)
+    whole = prepare(config).run()
+    folder = tmp_path / "snapshots"
+    with pytest.raises(StoppedError):
+        prepare(config, checkpoint=folder, report=Raising(f"training the {stage}", StoppedError(), after=stop)).run()
+    assert (folder / f"{stage}.safetensors").exists() == (stop > 1)
+    log = Log()
+    resumed = prepare(config, checkpoint=folder, resume=True, report=log)
+    retriever = resumed.run()
+    assert_same_bits(retriever.trainable_state(), whole.trainable_state())
+    assert timeless(retriever.record["history"]) == timeless(whole.record["history"])
+    trained = [progress for progress in log.steps if progress.loss is not None]
+    assert len(trained) == 18 - (stop - 1) - (9 if stage == "adapter" else 0)  # a stop comes before its step is saved
+    resumed.clear_checkpoint()
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(("stage", "round_"), [("head", 1), ("head", 3), ("adapter", 1), ("adapter", 2)])
+def test_a_federated_training_is_resumed_to_the_same_bits(settings, prepare, tmp_path, stage, round_):
+    config = settings(epochs=3, federation={"partition": "column", "column": "site", "rounds": 3})
+    whole = prepare(config).run()
+    folder = tmp_path / "snapshots"
+    stop = Raising(f"round {round_}/3, north: training the {stage}", KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config, checkpoint=folder, report=stop).run()
+    log = Log()
+    retriever = prepare(config, checkpoint=folder, resume=True, report=log).run()
+    assert_same_bits(retriever.trainable_state(), whole.trainable_state())
+    assert timeless(retriever.record["federation"]["rounds"]) == timeless(whole.record["federation"]["rounds"])
+    told = [progress.task for progress in log.told if "training the" in progress.task]
+    assert told[0] == f"round {round_}/3, east: training the {stage}"
+
+
+def test_a_federated_training_that_fails_in_a_round_is_resumed_from_the_round_before(settings, prepare, tmp_path):
+    config = settings(mode="head", epochs=3, federation={"clients": 2, "rounds": 3})
+    whole = prepare(config).run()
+    folder = tmp_path / "snapshots"
+    with pytest.raises(FederationError, match="round 2: 0 of 2 clients"):
+        prepare(config, checkpoint=folder, report=Raising("round 2/3", OSError("full"))).run()
+    resumed = prepare(config, checkpoint=folder, resume=True).run()
+    assert_same_bits(resumed.trainable_state(), whole.trainable_state())
+
+
+@pytest.mark.parametrize("clients", [0, 2])
+def test_a_finished_training_is_taken_up_without_work(settings, prepare, tmp_path, clients):
+    config = settings(epochs=2, federation={"clients": clients, "rounds": 2})
+    whole = prepare(config, checkpoint=tmp_path).run()
+    log = Log()
+    again = prepare(config, checkpoint=tmp_path, resume=True, report=log).run()
+    assert_same_bits(again.trainable_state(), whole.trainable_state())
+    assert all(progress.loss is None for progress in log.told)
+
+
+def stopped(prepare, config, folder, dataset=DATASET):
+    """Leave a snapshot of the head stage."""
+    with pytest.raises(StoppedError):
+        prepare(config, dataset, checkpoint=folder, report=Log(stop_after=4)).run()
+    assert [path.name for path in folder.iterdir()] == ["head.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"seed": 14}, {"rate": 0.04}, {"mode": "head"}, {"head": {"scale": 6.0}}, {"dropout": 0.1}, {"patience": 1}],
+)
+def test_snapshots_of_other_settings_are_refused_and_kept(settings, prepare, tmp_path, changes):
+    stopped(prepare, settings(checkpoint_seconds=1e-9), tmp_path)
+    log = Log()
+    with pytest.raises(StorageError, match="other data or settings"):
+        prepare(settings(checkpoint_seconds=1e-9, **changes), checkpoint=tmp_path, resume=True, report=log)
+    assert log.told == []
+    assert (tmp_path / "head.safetensors").exists()
+
+
+OTHER_DATA = {
+    "text": replace(DATASET, train=[replace(DATASET.train[0], text="e d c b a"), *DATASET.train[1:]]),
+    "label": replace(DATASET, train=[*DATASET.train[:-1], replace(DATASET.train[-1], doc_ids=("d4",))]),
+    "order": replace(DATASET, train=DATASET.train[::-1]),
+    "site": replace(DATASET, train=[replace(DATASET.train[0], columns={"site": "west"}), *DATASET.train[1:]]),
+    "fewer": replace(DATASET, train=DATASET.train[:-1]),
+    "validation": replace(DATASET, validation=DATASET.validation[:-1]),
+    "moved to validation": replace(
+        DATASET, train=DATASET.train[:-1], validation=[DATASET.train[-1], *DATASET.validation]
+    ),
+    "documents": with_wrong_documents(DATASET),
+}
+
+
+@pytest.mark.parametrize("what", OTHER_DATA)
+def test_snapshots_of_other_data_are_refused(settings, prepare, tmp_path, what):
+    config = settings(checkpoint_seconds=1e-9)
+    stopped(prepare, config, tmp_path)
+    with pytest.raises(StorageError, match="other data or settings"):
+        prepare(config, OTHER_DATA[what], checkpoint=tmp_path, resume=True)
+
+
+def test_snapshots_of_another_backbone_are_refused(settings, prepare, tmp_path, tmp_path_factory):
+    config = settings(checkpoint_seconds=1e-9)
+    stopped(prepare, config, tmp_path)
+    other = toy_backbone(tmp_path_factory.mktemp("bert"), random_weights=True)
+    with pytest.raises(StorageError, match="other data or settings"):
+        prepare(config, checkpoint=tmp_path, resume=True, backbone=other)
+
+
+def test_what_does_not_change_the_result_may_change_between_stop_and_resume(settings, prepare, tmp_path):
+    config = settings(checkpoint_seconds=1e-9)
+    stopped(prepare, config, tmp_path)
+    other = settings(checkpoint_seconds=5.0, evaluation={"baselines": False, "bootstrap": 7})
+    other = replace(other, data=replace(other.data, path="moved/elsewhere"))
+    dataset = replace(DATASET, name="moved", test=DATASET.test[:3])
+    log = Log()
+    resumed = prepare(other, dataset, checkpoint=tmp_path, resume=True, report=log).run()
+    assert log.steps[0].done == 4
+    assert_same_bits(resumed.trainable_state(), prepare(config).run().trainable_state())
+
+
+def test_without_resume_a_training_starts_anew_and_old_snapshots_go(settings, prepare, tmp_path):
+    config = settings(checkpoint_seconds=1e-9)
+    stopped(prepare, config, tmp_path)
+    prepare(settings(seed=14), checkpoint=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_settings_that_are_refused_leave_old_snapshots_alone(settings, prepare, tmp_path):
+    stopped(prepare, settings(checkpoint_seconds=1e-9), tmp_path)
+    with pytest.raises(ConfigError):
+        prepare(settings(federation={"clients": 2, "min_clients": 3}), checkpoint=tmp_path)
+    assert (tmp_path / "head.safetensors").exists()
+
+
+def test_resuming_where_there_is_no_snapshot_starts_from_the_beginning(settings, prepare, tmp_path):
+    config = settings(mode="head", epochs=1)
+    fresh = prepare(config, checkpoint=tmp_path / "none", resume=True).run()
+    assert_same_bits(fresh.trainable_state(), prepare(config).run().trainable_state())
+
+
+def test_clearing_leaves_what_is_not_ours(settings, prepare, tmp_path):
+    folder = tmp_path / "snapshots"
+    experiment = prepare(settings(mode="head", epochs=1), checkpoint=folder)
+    experiment.run()
+    (folder / "notes.txt").write_text("mine", encoding="utf-8")
+    experiment.clear_checkpoint()
+    experiment.clear_checkpoint()
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("clients", [0, 2])
+def test_examples_that_are_only_looked_up_train_like_those_in_memory(settings, prepare, clients):
+    def view(examples):
+        return Selection(examples, range(len(examples)))
+
+    dataset = replace(DATASET, train=view(DATASET.train), validation=view(DATASET.validation))
+    config = settings(mode="head", epochs=1, federation={"clients": clients})
+    assert_same_bits(prepare(config, dataset).run().trainable_state(), prepare(config).run().trainable_state())
