@@ -283,12 +283,12 @@ def test_unusual_characters_do_not_stop_a_terminal_that_cannot_show_them(worksho
 
 def test_odd_names_of_folders_are_only_names(workshop: Workshop, here: Path):
     shutil.copytree(workshop.data, here / "data\udcff")
-    assert run("train", "data\udcff", "-c", workshop.quick, "-o", "[/red]$x|").code == 0
-    outcome = run("evaluate", "[/red]$x|", "--report", "report")
+    assert run("train", "data\udcff", "-c", workshop.quick, "-o", "[red]$x|").code == 0
+    outcome = run("evaluate", "[red]$x|", "--report", "report")
     assert (outcome.code, outcome.err) == (0, ""), outcome
-    assert "\n[/red]$x| " in outcome.out
-    assert "| [/red]$x\\| |" in (here / "report/table.md").read_text(encoding="utf-8")
-    assert (here / "report/[-red]$x|.run").exists()
+    assert "\n[red]$x| " in outcome.out
+    assert "| [red]$x\\| |" in (here / "report/table.md").read_text(encoding="utf-8")
+    assert (here / "report/[red]$x|.run").exists()
 
 
 def test_a_report_beside_the_retriever_in_its_own_folder_is_kept_by_the_next_training(workshop: Workshop, here: Path):

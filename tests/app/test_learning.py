@@ -3,6 +3,7 @@
 import io
 import json
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -47,6 +48,12 @@ def prepare(backbone):
         return Experiment(dataset, config, **{"backbone": backbone, "store": FeatureStore(), **options})
 
     return prepare
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(backbone):
+    """What a training that nobody stops ends with."""
+    return cache(lambda config: Experiment(DATASET, config, backbone=backbone, store=FeatureStore()).run())
 
 
 def vectors(backbone, texts):
@@ -228,7 +235,7 @@ def test_one_client_and_one_round_equal_central_training_bit_for_bit(settings, p
 
 @both_modes
 def test_three_clients_dealt_at_random_reach_what_central_training_reaches(settings, prepare, mode):
-    dataset = toy_dataset(160, noise=0.3, test=200)
+    dataset = toy_dataset(120, noise=0.3, test=200)
     shared = {"mode": mode, "epochs": 6}
     start = share_found(prepare(settings(**shared), dataset).retriever, dataset.test)
     central = share_found(prepare(settings(**shared), dataset).run(), dataset.test)
@@ -355,9 +362,9 @@ def test_a_centrally_trained_records_history_ends_with_the_retrievers_own_recall
 
 
 @pytest.mark.parametrize(("stage", "stop"), [("head", 2), ("head", 6), ("head", 7), ("adapter", 1), ("adapter", 9)])
-def test_a_central_training_is_resumed_to_the_same_bits(settings, prepare, tmp_path, stage, stop):
+def test_a_central_training_is_resumed_to_the_same_bits(settings, prepare, uninterrupted, tmp_path, stage, stop):
     config = settings(epochs=3, batch_size=20, checkpoint_seconds=1e-9)
-    whole = prepare(config).run()
+    whole = uninterrupted(config)
     folder = tmp_path / "snapshots"
     with pytest.raises(StoppedError):
         prepare(config, checkpoint=folder, report=Raising(f"training the {stage}", StoppedError(), after=stop)).run()
@@ -374,9 +381,9 @@ def test_a_central_training_is_resumed_to_the_same_bits(settings, prepare, tmp_p
 
 
 @pytest.mark.parametrize(("stage", "round_"), [("head", 1), ("head", 3), ("adapter", 1), ("adapter", 2)])
-def test_a_federated_training_is_resumed_to_the_same_bits(settings, prepare, tmp_path, stage, round_):
+def test_a_federated_training_is_resumed_to_the_same_bits(settings, prepare, uninterrupted, tmp_path, stage, round_):
     config = settings(epochs=3, federation={"partition": "column", "column": "site", "rounds": 3})
-    whole = prepare(config).run()
+    whole = uninterrupted(config)
     folder = tmp_path / "snapshots"
     stop = Raising(f"round {round_}/3, north: training the {stage}", KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):

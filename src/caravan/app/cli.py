@@ -52,9 +52,7 @@ Config = Annotated[
 ]
 Set = Annotated[
     list[str] | None,
-    typer.Option(
-        "--set", metavar="KEY=VALUE", help="Any setting, e.g. --set training.adapter.batch_size=64. Repeatable."
-    ),
+    typer.Option("--set", metavar="KEY=VALUE", help="Any setting, e.g. --set head.hidden=0. Repeatable."),
 ]
 
 
