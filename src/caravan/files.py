@@ -6,6 +6,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -78,6 +79,20 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # where even this fails, the first error is the one to be told
             temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(path: str | Path) -> None:
+    """Remove the temporary files that kills in the middle of `whole_file(path)` left; nobody may be writing it.
+
+    Raises:
+        StorageError: one cannot be removed.
+    """
+    target = _target(path)
+    try:
+        for left in target.parent.glob(f".{escape(target.name[:48])}.*.tmp"):
+            left.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(f"{path}: cannot be removed: {error.strerror}; remove it yourself") from None
 
 
 @contextmanager

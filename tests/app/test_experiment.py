@@ -46,7 +46,8 @@ def place(tmp_path_factory):
     data.mkdir()
     for split in ("train", "validation", "test"):
         rows = [
-            (example.text, example.doc_ids[0], example.columns.get("site", "east")) for example in getattr(dataset, split)
+            (example.text, example.doc_ids[0], example.columns.get("site", "east"))
+            for example in getattr(dataset, split)
         ]
         write(data / f"{split}.csv", ("text", "label", "site"), rows)
     write(data / "documents.csv", ("doc_id", "text"), [(document.doc_id, document.text) for document in CATALOGUE])
@@ -68,6 +69,13 @@ def central(place, tmp_path_factory):
         patch.setenv("CARAVAN_CACHE", str(root / "cache"))
         comparison, retriever = run_experiment(place.config(evaluation={"baselines": True}), root / "central")
     return comparison, retriever, root / "central"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_queries_are_timed():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("caravan.app.comparison._LATENCY_QUERIES", 2)
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -181,7 +189,9 @@ def test_a_second_experiment_replaces_the_first_and_keeps_what_is_not_its(place,
     assert (tmp_path / "out" / "notes.txt").read_text(encoding="utf-8") == "mine"
 
 
-@pytest.mark.parametrize(("out", "expected"), [("a/b", "a/b.checkpoint"), ("a/b/", "a/b.checkpoint"), (".", "+.checkpoint")])
+@pytest.mark.parametrize(
+    ("out", "expected"), [("a/b", "a/b.checkpoint"), ("a/b/", "a/b.checkpoint"), (".", "+.checkpoint")]
+)
 def test_snapshots_lie_beside_the_folder(tmp_path, monkeypatch, out, expected):
     monkeypatch.chdir(tmp_path)
     place = tmp_path.parent / f"{tmp_path.name}.checkpoint" if expected[0] == "+" else tmp_path / expected
@@ -199,7 +209,9 @@ def test_a_failed_training_leaves_its_snapshots_and_the_old_retriever(place, tmp
     with pytest.raises(StoppedError):
         run_experiment(config, out, report=Log(stop_after=15))
     assert sorted(path.name for path in checkpoint_folder(out).iterdir()) == ["adapter.safetensors", "head.safetensors"]
-    assert all(torch.equal(tensor, before[file][name]) for file in before for name, tensor in tensors(out)[file].items())
+    assert all(
+        torch.equal(tensor, before[file][name]) for file in before for name, tensor in tensors(out)[file].items()
+    )
     with pytest.raises(StorageError, match="other data or settings"):
         run_experiment(replace(config, seed=14), out, resume=True)
     run_experiment(config, out, resume=True)
@@ -208,61 +220,83 @@ def test_a_failed_training_leaves_its_snapshots_and_the_old_retriever(place, tmp
     assert_same_tensors(out, tmp_path / "whole")
 
 
+# One process that has everything loaded makes a copy of itself for each run, which saves seconds of imports.
 _KILLED_IN_A_SAVE = """
-import os, signal, sys
-saves, fsync = int(sys.argv.pop(1)), os.fsync
-def killed(descriptor):
-    global saves
-    saves -= 1
-    if not saves:
-        os.kill(os.getpid(), signal.SIGKILL)
-    fsync(descriptor)
-os.fsync = killed
+import json, os, signal, sys
+import flwr.clientapp, flwr.serverapp
+import caravan.app.experiment
+from transformers import BertModel
 from caravan.app.cli import main
-main()
+
+def run(saves, command):
+    fsync = os.fsync
+    def killed(descriptor):
+        nonlocal saves
+        saves -= 1
+        if not saves:
+            os.kill(os.getpid(), signal.SIGKILL)
+        fsync(descriptor)
+    os.fsync = killed
+    sys.argv = ["caravan", *command]
+    main()
+
+for saves, command in json.loads(sys.argv[1]):
+    child = os.fork()
+    if not child:
+        run(saves, command)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
+# Two epochs of six steps a stage, each step and each stage's end saved: the 8th save is in the head's second epoch, the
+# 18th in the adapter's first. Two rounds a stage, each saved: the 4th save is that of the adapter's second round.
+KILLED = {
+    "head": ({"mode": "head"}, 8, ["head"]),
+    "adapter": ({"mode": "adapter"}, 18, ["adapter", "head"]),
+    "federated": ({"mode": "adapter", "federation": {"clients": 3, "rounds": 2}}, 4, ["adapter", "head"]),
+}
 
-def command(config, out, tmp_path):
-    (tmp_path / "settings.toml").write_text(config.to_toml(), encoding="utf-8")
-    return ["train", "--config", str(tmp_path / "settings.toml"), "--out", str(out)]
+
+def command(config, out):
+    settings = out.with_suffix(".toml")
+    settings.write_text(config.to_toml(), encoding="utf-8")
+    return ["train", "--config", str(settings), "--out", str(out)]
 
 
-def resume(config, out, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["caravan", *command(config, out, tmp_path), "--resume"])
+def resume(config, out, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["caravan", *command(config, out), "--resume"])
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 0
 
 
-# Two epochs of six steps a stage, each step and each stage's end saved: the 18th save is the fifth of the adapter.
-# Two rounds a stage, each saved: the 4th save is that of the adapter's second round.
-@pytest.mark.parametrize(
-    ("parts", "saves", "left"),
-    [
-        ({"mode": "head"}, 8, ["head"]),
-        ({"mode": "adapter"}, 18, ["adapter", "head"]),
-        ({"mode": "adapter", "federation": {"clients": 3, "rounds": 2}}, 4, ["adapter", "head"]),
-    ],
-    ids=["head", "adapter", "federated"],
-)
-def test_what_is_killed_in_the_middle_of_a_save_is_resumed_to_the_same_bits(
-    place, tmp_path, monkeypatch, parts, saves, left
-):
-    config, out = place.config(checkpoint_seconds=1e-9, **parts), tmp_path / "out"
-    killed = subprocess.run(
-        [sys.executable, "-c", _KILLED_IN_A_SAVE, str(saves), *command(config, out, tmp_path)],
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+@pytest.fixture(scope="module")
+def killed(place, tmp_path_factory):
+    """Runs of the command line that were killed while they saved: settings and the place of the result by name."""
+    root = tmp_path_factory.mktemp("killed")
+    runs = {
+        name: (place.config(checkpoint_seconds=1e-9, **parts), root / name) for name, (parts, _, _) in KILLED.items()
+    }
+    commands = [(KILLED[name][1], command(config, out)) for name, (config, out) in runs.items()]
+    program = subprocess.run(
+        [sys.executable, "-c", _KILLED_IN_A_SAVE, json.dumps(commands)],
+        env={**os.environ, "CARAVAN_CACHE": str(root / "cache"), "OMP_NUM_THREADS": str(torch.get_num_threads())},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert program.stdout.split() == [str(-signal.SIGKILL)] * len(KILLED), program.stderr
+    return runs
+
+
+@pytest.mark.parametrize("name", KILLED)
+def test_what_is_killed_in_the_middle_of_a_save_is_resumed_to_the_same_bits(killed, tmp_path, monkeypatch, name):
+    config, out = killed[name]
     assert not out.exists()
     found = sorted(path.name for path in checkpoint_folder(out).iterdir())
-    assert [name for name in found if not name.startswith(".")] == [f"{stage}.safetensors" for stage in left]
-    assert len(found) == len(left) + 1  # and the file it was writing
-    resume(config, out, tmp_path, monkeypatch)
+    stages = KILLED[name][2]
+    assert [file for file in found if not file.startswith(".")] == [f"{stage}.safetensors" for stage in stages]
+    assert len(found) == len(stages) + 1  # and the file it was writing
+    resume(config, out, monkeypatch)
     assert not checkpoint_folder(out).exists()
     run_experiment(config, tmp_path / "whole")
     assert_same_tensors(out, tmp_path / "whole")
@@ -273,7 +307,7 @@ def test_what_is_killed_at_any_moment_is_resumed_to_the_same_bits(place, tmp_pat
     config, out = place.config(mode="adapter", epochs=40, checkpoint_seconds=1e-9), tmp_path / "out"
     snapshot = checkpoint_folder(out) / "adapter.safetensors"
     program = subprocess.Popen(
-        [sys.executable, "-c", "from caravan.app.cli import main; main()", *command(config, out, tmp_path)],
+        [sys.executable, "-c", "from caravan.app.cli import main; main()", *command(config, out)],
         env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -290,7 +324,7 @@ def test_what_is_killed_at_any_moment_is_resumed_to_the_same_bits(place, tmp_pat
     assert program.wait() == -signal.SIGKILL
     assert snapshot.exists()
     assert not out.exists()
-    resume(config, out, tmp_path, monkeypatch)
+    resume(config, out, monkeypatch)
     run_experiment(config, tmp_path / "whole")
     assert_same_tensors(out, tmp_path / "whole")
 
@@ -404,7 +438,10 @@ def test_vectors_are_kept_where_the_environment_says(place, tmp_path, monkeypatc
     monkeypatch.setattr(
         FeatureStore,
         "encode",
-        lambda self, encoder, texts, **options: (encoded.append(self.folder), original(self, encoder, texts, **options))[1],
+        lambda self, encoder, texts, **options: (
+            encoded.append(self.folder),
+            original(self, encoder, texts, **options),
+        )[1],
     )
     run_experiment(place.config(mode="head", epochs=1), tmp_path / "again")
     assert set(encoded) == {tmp_path / "mine"}

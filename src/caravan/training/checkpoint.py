@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from caravan.errors import StorageError
-from caravan.files import make_folder, whole_file
+from caravan.files import make_folder, remove_leftovers, whole_file
 
 
 @dataclass
@@ -82,11 +82,12 @@ class Checkpoint:
         )
 
     def clear(self) -> None:
-        """Remove the snapshot, if there is one.
+        """Remove the snapshot, if there is one, and what a kill in the middle of a save left.
 
         Raises:
             StorageError: it cannot be removed.
         """
+        remove_leftovers(self.path)
         try:
             self.path.unlink(missing_ok=True)
         except OSError as error:
