@@ -1,6 +1,8 @@
 """A retrieval task that trains in milliseconds: documents and queries are letters, each document prefers its own."""
 
+import math
 import random
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from caravan.model.backbone import Backbone, load_backbone
 from caravan.model.encoder import Encoder
 from caravan.model.retriever import Retriever
 from caravan.training.progress import Progress
+from caravan.training.trainer import Stage, fit
 from tiny_models import make_tiny_bert
 
 LETTERS = {"d0": "abcde", "d1": "fghij", "d2": "klmno", "d3": "pqrst", "d4": "uvwxy"}
@@ -67,6 +70,39 @@ def toy_config(*, epochs: int = 3, batch_size: int = 8, rate: float = 0.05, **se
         adapter=AdapterStageConfig(**rates, token_dropout=token_dropout, **stage),
         **{"precision": "float32", **settings},
     )
+
+
+def trained(
+    backbone: Backbone,
+    stage: Stage,
+    config: TrainingConfig,
+    examples: Sequence[Example] | None = None,
+    *,
+    start: dict[str, Tensor] | None = None,
+    head: dict[str, Any] | None = None,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """The trainable state after a training from the same start, on 48 examples unless others are given."""
+    retriever = toy_retriever(backbone, **(head or {}))
+    if start is not None:
+        retriever.load_trainable_state(start)
+    fit(retriever, toy_examples() if examples is None else examples, stage, config, **{"seed": 0, **options})
+    return retriever.trainable_state()
+
+
+def recall(retriever: Retriever, examples: Sequence[Example]) -> float:
+    hits = [retriever.search(example.text, 1)[0].doc_id in example.doc_ids for example in examples]
+    return sum(hits) / len(hits)
+
+
+def largest_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    assert ours.keys() == theirs.keys()
+    return max(float((tensor - theirs[name]).abs().max()) for name, tensor in ours.items())
+
+
+def move(before: dict[str, Tensor], after: dict[str, Tensor], names: Iterable[str] | None = None) -> float:
+    """The L2 norm of what training did to all tensors together."""
+    return math.sqrt(sum(float((after[name] - before[name]).square().sum()) for name in names or before))
 
 
 def assert_same_bits(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:

@@ -277,8 +277,9 @@ def stopped(workshop: Workshop, interrupted: Callable[[int], None]) -> tuple[str
     [("--seed", "14"), ("--epochs", "3"), ("--label-column", "site"), ("--mode", "adapter"), ("--clients", "2")],
 )
 def test_resuming_with_other_settings_or_data_is_refused_and_keeps_the_checkpoint(
-    change: tuple[str, ...], stopped: tuple[str, ...], here: Path
+    change: tuple[str, ...], stopped: tuple[str, ...], here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("caravan.app.experiment.start_comparison", None)  # known before the rivals are measured
     before = listing(here)
     documents = ("--documents", "sites.csv") if "site" in change else ()
     if documents:
@@ -302,7 +303,10 @@ def test_a_damaged_checkpoint_is_refused_and_a_new_start_replaces_it(
     assert {path.name for path in here.iterdir()} == {"out"}
 
 
-def test_a_bad_option_does_not_cost_the_checkpoint_of_a_stopped_run(stopped: tuple[str, ...], here: Path) -> None:
+def test_a_bad_option_does_not_cost_the_checkpoint_of_a_stopped_run(
+    stopped: tuple[str, ...], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("caravan.app.experiment.start_comparison", None)  # known before the rivals are measured
     before = listing(here)
     check_refused(run(*stopped, "--partition-by", "nowhere"), "'nowhere'")
     check_refused(run(*stopped, "--device", "nonsense"), "nonsense")

@@ -1,64 +1,30 @@
-"""A whole experiment on files: read, train, measure, save, be killed, go on; and saved retrievers side by side."""
+"""A whole experiment on files: read, train, measure, save; and saved retrievers side by side."""
 
-import csv
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from caravan.app.cli import main
 from caravan.app.comparison import evaluate
 from caravan.app.experiment import checkpoint_folder, compare_saved, run_experiment
 from caravan.app.learning import train
-from caravan.config import Config, DataConfig
 from caravan.data.dataset import Dataset
 from caravan.errors import DataError, StorageError
 from caravan.storage import load, save
 from caravan.training.features import FeatureStore
-from toy_experiments import share_found, toy_dataset, toy_settings
-from toy_training import CATALOGUE, Log, StoppedError, assert_same_bits, toy_backbone
+from command_line import write_table
+from toy_experiments import make_place, share_found, toy_dataset
+from toy_training import CATALOGUE, Log, assert_same_bits
 
 RIVALS = ["BM25", "MIPS", "centroids", "1-NN", "output adapter", "random backbone"]
 FILES = ["README.md", "adapter.safetensors", "config.json", "documents.jsonl", "head.safetensors", "training.json"]
 
 
-@dataclass(frozen=True)
-class Place:
-    """A data set on disk with settings that train on it; no test changes them."""
-
-    data: Path
-    config: Callable[..., Config]
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    root = tmp_path_factory.mktemp("place")
-    data, dataset = root / "letters", toy_dataset()
-    data.mkdir()
-    for split in ("train", "validation", "test"):
-        rows = [
-            (example.text, example.doc_ids[0], example.columns.get("site", "east"))
-            for example in getattr(dataset, split)
-        ]
-        write(data / f"{split}.csv", ("text", "label", "site"), rows)
-    write(data / "documents.csv", ("doc_id", "text"), [(document.doc_id, document.text) for document in CATALOGUE])
-    backbone = toy_backbone(root / "bert").config
-
-    def config(*, path=data, validation_fraction=0.1, **parts):
-        words = DataConfig(path=str(path), validation_fraction=validation_fraction)
-        lean = {"baselines": False, **parts.pop("evaluation", {})}
-        return replace(toy_settings(backbone, evaluation=lean, **{"epochs": 2, **parts}), data=words)
-
-    return Place(data, config)
+    return make_place(tmp_path_factory.mktemp("place"))
 
 
 @pytest.fixture(scope="module")
@@ -79,22 +45,8 @@ def few_queries_are_timed():
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
+def vectors_are_kept_here(tmp_path, monkeypatch):
     monkeypatch.setenv("CARAVAN_CACHE", str(tmp_path / "cache"))
-
-
-def write(path, header, rows):
-    with path.open("w", encoding="utf-8", newline="") as stream:
-        csv.writer(stream).writerows([header, *rows])
-
-
-def tensors(folder):
-    return {file: load_file(folder / file) for file in ("adapter.safetensors", "head.safetensors")}
-
-
-def assert_same_tensors(ours, theirs):
-    for file, state in tensors(theirs).items():
-        assert_same_bits(tensors(ours)[file], state)
 
 
 # From files to a folder
@@ -198,137 +150,6 @@ def test_snapshots_lie_beside_the_folder(tmp_path, monkeypatch, out, expected):
     assert checkpoint_folder(out) == place
 
 
-# Stopped, killed, taken up again
-
-
-def test_a_failed_training_leaves_its_snapshots_and_the_old_retriever(place, tmp_path):
-    out = tmp_path / "out"
-    config = place.config(checkpoint_seconds=1e-9)
-    run_experiment(place.config(mode="head", epochs=1), out)
-    before = tensors(out)
-    with pytest.raises(StoppedError):
-        run_experiment(config, out, report=Log(stop_after=15))
-    assert sorted(path.name for path in checkpoint_folder(out).iterdir()) == ["adapter.safetensors", "head.safetensors"]
-    assert all(
-        torch.equal(tensor, before[file][name]) for file in before for name, tensor in tensors(out)[file].items()
-    )
-    with pytest.raises(StorageError, match="other data or settings"):
-        run_experiment(replace(config, seed=14), out, resume=True)
-    run_experiment(config, out, resume=True)
-    assert not checkpoint_folder(out).exists()
-    run_experiment(config, tmp_path / "whole")
-    assert_same_tensors(out, tmp_path / "whole")
-
-
-# One process that has everything loaded makes a copy of itself for each run, which saves seconds of imports.
-_KILLED_IN_A_SAVE = """
-import json, os, signal, sys
-import flwr.clientapp, flwr.serverapp
-import caravan.app.experiment
-from transformers import BertModel
-from caravan.app.cli import main
-
-def run(saves, command):
-    fsync = os.fsync
-    def killed(descriptor):
-        nonlocal saves
-        saves -= 1
-        if not saves:
-            os.kill(os.getpid(), signal.SIGKILL)
-        fsync(descriptor)
-    os.fsync = killed
-    sys.argv = ["caravan", *command]
-    main()
-
-for saves, command in json.loads(sys.argv[1]):
-    child = os.fork()
-    if not child:
-        run(saves, command)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
-
-# Two epochs of six steps a stage, each step and each stage's end saved: the 8th save is in the head's second epoch, the
-# 18th in the adapter's first. Two rounds a stage, each saved: the 4th save is that of the adapter's second round.
-KILLED = {
-    "head": ({"mode": "head"}, 8, ["head"]),
-    "adapter": ({"mode": "adapter"}, 18, ["adapter", "head"]),
-    "federated": ({"mode": "adapter", "federation": {"clients": 3, "rounds": 2}}, 4, ["adapter", "head"]),
-}
-
-
-def command(config, out):
-    settings = out.with_suffix(".toml")
-    settings.write_text(config.to_toml(), encoding="utf-8")
-    return ["train", "--config", str(settings), "--out", str(out)]
-
-
-def resume(config, out, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["caravan", *command(config, out), "--resume"])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    assert stop.value.code == 0
-
-
-@pytest.fixture(scope="module")
-def killed(place, tmp_path_factory):
-    """Runs of the command line that were killed while they saved: settings and the place of the result by name."""
-    root = tmp_path_factory.mktemp("killed")
-    runs = {
-        name: (place.config(checkpoint_seconds=1e-9, **parts), root / name) for name, (parts, _, _) in KILLED.items()
-    }
-    commands = [(KILLED[name][1], command(config, out)) for name, (config, out) in runs.items()]
-    program = subprocess.run(
-        [sys.executable, "-c", _KILLED_IN_A_SAVE, json.dumps(commands)],
-        env={**os.environ, "CARAVAN_CACHE": str(root / "cache"), "OMP_NUM_THREADS": str(torch.get_num_threads())},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert program.stdout.split() == [str(-signal.SIGKILL)] * len(KILLED), program.stderr
-    return runs
-
-
-@pytest.mark.parametrize("name", KILLED)
-def test_what_is_killed_in_the_middle_of_a_save_is_resumed_to_the_same_bits(killed, tmp_path, monkeypatch, name):
-    config, out = killed[name]
-    assert not out.exists()
-    found = sorted(path.name for path in checkpoint_folder(out).iterdir())
-    stages = KILLED[name][2]
-    assert [file for file in found if not file.startswith(".")] == [f"{stage}.safetensors" for stage in stages]
-    assert len(found) == len(stages) + 1  # and the file it was writing
-    resume(config, out, monkeypatch)
-    assert not checkpoint_folder(out).exists()
-    run_experiment(config, tmp_path / "whole")
-    assert_same_tensors(out, tmp_path / "whole")
-
-
-@pytest.mark.slow
-def test_what_is_killed_at_any_moment_is_resumed_to_the_same_bits(place, tmp_path, monkeypatch):
-    config, out = place.config(mode="adapter", epochs=40, checkpoint_seconds=1e-9), tmp_path / "out"
-    snapshot = checkpoint_folder(out) / "adapter.safetensors"
-    program = subprocess.Popen(
-        [sys.executable, "-c", "from caravan.app.cli import main; main()", *command(config, out)],
-        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    for _ in range(60_000):  # ten minutes
-        if snapshot.exists():
-            break
-        try:
-            program.wait(timeout=0.01)
-        except subprocess.TimeoutExpired:
-            continue
-        break
-    program.kill()
-    assert program.wait() == -signal.SIGKILL
-    assert snapshot.exists()
-    assert not out.exists()
-    resume(config, out, monkeypatch)
-    run_experiment(config, tmp_path / "whole")
-    assert_same_tensors(out, tmp_path / "whole")
-
-
 # Saved retrievers side by side
 
 
@@ -403,7 +224,7 @@ def test_other_data_is_read_without_the_files_named_for_the_training_data(place,
 
 def test_retrievers_of_other_documents_are_refused_before_anything_is_measured(place, central, tmp_path):
     shutil.copytree(place.data, tmp_path / "other")
-    write(tmp_path / "other" / "documents.csv", ("doc_id", "text"), [(name, "z") for name in CATALOGUE.ids])
+    write_table(tmp_path / "other" / "documents.csv", ("doc_id", "text"), [(name, "z") for name in CATALOGUE.ids])
     run_experiment(place.config(path=tmp_path / "other", mode="head", epochs=1), tmp_path / "stranger")
     log = Log()
     with pytest.raises(DataError, match="stranger was trained on other documents than those of letters"):

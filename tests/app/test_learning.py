@@ -1,9 +1,8 @@
-"""Training from settings: centrally, on clients, stopped and taken up again."""
+"""Training from settings: what the head starts from, central training, clients, the record."""
 
 import io
 import json
 from dataclasses import replace
-from functools import cache
 
 import numpy as np
 import pytest
@@ -14,11 +13,18 @@ import caravan
 from caravan.app.learning import Experiment, federate, train
 from caravan.config import FederationConfig
 from caravan.data.splits import Selection
-from caravan.errors import ConfigError, DataError, FederationError, StorageError
+from caravan.errors import ConfigError, DataError, FederationError
 from caravan.model.adapter import IdentityAdapter
 from caravan.model.encoder import Encoder
 from caravan.training.features import FeatureStore
-from toy_experiments import share_found, toy_dataset, toy_settings, with_wrong_documents, with_wrong_queries
+from toy_experiments import (
+    Raising,
+    share_found,
+    toy_dataset,
+    toy_settings,
+    with_wrong_documents,
+    with_wrong_queries,
+)
 from toy_training import UNSEEN, Log, StoppedError, assert_same_bits, differ, toy_backbone
 
 DATASET = toy_dataset()
@@ -50,35 +56,12 @@ def prepare(backbone):
     return prepare
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(backbone):
-    """What a training that nobody stops ends with."""
-    return cache(lambda config: Experiment(DATASET, config, backbone=backbone, store=FeatureStore()).run())
-
-
 def vectors(backbone, texts):
     return Encoder(backbone, IdentityAdapter(backbone.embedding_width)).encode(list(texts))
 
 
-def timeless(records):
-    """Records as they are read back from a file, without the times in them."""
-    return [{name: value for name, value in record.items() if name != "seconds"} for record in as_json(records)]
-
-
 def as_json(value):
     return json.loads(json.dumps(value, allow_nan=False))
-
-
-class Raising:
-    """A report that raises when a piece of work whose name begins with `task` is told of for the n-th time."""
-
-    def __init__(self, task, error, *, after=1):
-        self.task, self.error, self.left = task, error, after
-
-    def __call__(self, progress):
-        self.left -= progress.task.startswith(self.task)
-        if self.left < 1 and progress.task.startswith(self.task):
-            raise self.error
 
 
 # Central
@@ -356,156 +339,6 @@ def test_a_centrally_trained_records_history_ends_with_the_retrievers_own_recall
     last = retriever.record["history"][-1]
     assert last["validation_recall"] == pytest.approx(share_found(retriever, DATASET.validation))
     assert 0 < last["loss"] < retriever.record["history"][0]["loss"]
-
-
-# Stopped and taken up again
-
-
-@pytest.mark.parametrize(("stage", "stop"), [("head", 2), ("head", 6), ("head", 7), ("adapter", 1), ("adapter", 9)])
-def test_a_central_training_is_resumed_to_the_same_bits(settings, prepare, uninterrupted, tmp_path, stage, stop):
-    config = settings(epochs=3, batch_size=20, checkpoint_seconds=1e-9)
-    whole = uninterrupted(config)
-    folder = tmp_path / "snapshots"
-    with pytest.raises(StoppedError):
-        prepare(config, checkpoint=folder, report=Raising(f"training the {stage}", StoppedError(), after=stop)).run()
-    assert (folder / f"{stage}.safetensors").exists() == (stop > 1)
-    log = Log()
-    resumed = prepare(config, checkpoint=folder, resume=True, report=log)
-    retriever = resumed.run()
-    assert_same_bits(retriever.trainable_state(), whole.trainable_state())
-    assert timeless(retriever.record["history"]) == timeless(whole.record["history"])
-    trained = [progress for progress in log.steps if progress.loss is not None]
-    assert len(trained) == 18 - (stop - 1) - (9 if stage == "adapter" else 0)  # a stop comes before its step is saved
-    resumed.clear_checkpoint()
-    assert not folder.exists()
-
-
-@pytest.mark.parametrize(("stage", "round_"), [("head", 1), ("head", 3), ("adapter", 1), ("adapter", 2)])
-def test_a_federated_training_is_resumed_to_the_same_bits(settings, prepare, uninterrupted, tmp_path, stage, round_):
-    config = settings(epochs=3, federation={"partition": "column", "column": "site", "rounds": 3})
-    whole = uninterrupted(config)
-    folder = tmp_path / "snapshots"
-    stop = Raising(f"round {round_}/3, north: training the {stage}", KeyboardInterrupt())
-    with pytest.raises(KeyboardInterrupt):
-        prepare(config, checkpoint=folder, report=stop).run()
-    log = Log()
-    retriever = prepare(config, checkpoint=folder, resume=True, report=log).run()
-    assert_same_bits(retriever.trainable_state(), whole.trainable_state())
-    assert timeless(retriever.record["federation"]["rounds"]) == timeless(whole.record["federation"]["rounds"])
-    told = [progress.task for progress in log.told if "training the" in progress.task]
-    assert told[0] == f"round {round_}/3, east: training the {stage}"
-
-
-def test_a_federated_training_that_fails_in_a_round_is_resumed_from_the_round_before(settings, prepare, tmp_path):
-    config = settings(mode="head", epochs=3, federation={"clients": 2, "rounds": 3})
-    whole = prepare(config).run()
-    folder = tmp_path / "snapshots"
-    with pytest.raises(FederationError, match="round 2: 0 of 2 clients"):
-        prepare(config, checkpoint=folder, report=Raising("round 2/3", OSError("full"))).run()
-    resumed = prepare(config, checkpoint=folder, resume=True).run()
-    assert_same_bits(resumed.trainable_state(), whole.trainable_state())
-
-
-@pytest.mark.parametrize("clients", [0, 2])
-def test_a_finished_training_is_taken_up_without_work(settings, prepare, tmp_path, clients):
-    config = settings(epochs=2, federation={"clients": clients, "rounds": 2})
-    whole = prepare(config, checkpoint=tmp_path).run()
-    log = Log()
-    again = prepare(config, checkpoint=tmp_path, resume=True, report=log).run()
-    assert_same_bits(again.trainable_state(), whole.trainable_state())
-    assert all(progress.loss is None for progress in log.told)
-
-
-def stopped(prepare, config, folder, dataset=DATASET):
-    """Leave a snapshot of the head stage."""
-    with pytest.raises(StoppedError):
-        prepare(config, dataset, checkpoint=folder, report=Log(stop_after=4)).run()
-    assert [path.name for path in folder.iterdir()] == ["head.safetensors"]
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{"seed": 14}, {"rate": 0.04}, {"mode": "head"}, {"head": {"scale": 6.0}}, {"dropout": 0.1}, {"patience": 1}],
-)
-def test_snapshots_of_other_settings_are_refused_and_kept(settings, prepare, tmp_path, changes):
-    stopped(prepare, settings(checkpoint_seconds=1e-9), tmp_path)
-    log = Log()
-    with pytest.raises(StorageError, match="other data or settings"):
-        prepare(settings(checkpoint_seconds=1e-9, **changes), checkpoint=tmp_path, resume=True, report=log)
-    assert log.told == []
-    assert (tmp_path / "head.safetensors").exists()
-
-
-OTHER_DATA = {
-    "text": replace(DATASET, train=[replace(DATASET.train[0], text="e d c b a"), *DATASET.train[1:]]),
-    "label": replace(DATASET, train=[*DATASET.train[:-1], replace(DATASET.train[-1], doc_ids=("d4",))]),
-    "order": replace(DATASET, train=DATASET.train[::-1]),
-    "site": replace(DATASET, train=[replace(DATASET.train[0], columns={"site": "west"}), *DATASET.train[1:]]),
-    "fewer": replace(DATASET, train=DATASET.train[:-1]),
-    "validation": replace(DATASET, validation=DATASET.validation[:-1]),
-    "moved to validation": replace(
-        DATASET, train=DATASET.train[:-1], validation=[DATASET.train[-1], *DATASET.validation]
-    ),
-    "documents": with_wrong_documents(DATASET),
-}
-
-
-@pytest.mark.parametrize("what", OTHER_DATA)
-def test_snapshots_of_other_data_are_refused(settings, prepare, tmp_path, what):
-    config = settings(checkpoint_seconds=1e-9)
-    stopped(prepare, config, tmp_path)
-    with pytest.raises(StorageError, match="other data or settings"):
-        prepare(config, OTHER_DATA[what], checkpoint=tmp_path, resume=True)
-
-
-def test_snapshots_of_another_backbone_are_refused(settings, prepare, tmp_path, tmp_path_factory):
-    config = settings(checkpoint_seconds=1e-9)
-    stopped(prepare, config, tmp_path)
-    other = toy_backbone(tmp_path_factory.mktemp("bert"), random_weights=True)
-    with pytest.raises(StorageError, match="other data or settings"):
-        prepare(config, checkpoint=tmp_path, resume=True, backbone=other)
-
-
-def test_what_does_not_change_the_result_may_change_between_stop_and_resume(settings, prepare, tmp_path):
-    config = settings(checkpoint_seconds=1e-9)
-    stopped(prepare, config, tmp_path)
-    other = settings(checkpoint_seconds=5.0, evaluation={"baselines": False, "bootstrap": 7})
-    other = replace(other, data=replace(other.data, path="moved/elsewhere"))
-    dataset = replace(DATASET, name="moved", test=DATASET.test[:3])
-    log = Log()
-    resumed = prepare(other, dataset, checkpoint=tmp_path, resume=True, report=log).run()
-    assert log.steps[0].done == 4
-    assert_same_bits(resumed.trainable_state(), prepare(config).run().trainable_state())
-
-
-def test_without_resume_a_training_starts_anew_and_old_snapshots_go(settings, prepare, tmp_path):
-    config = settings(checkpoint_seconds=1e-9)
-    stopped(prepare, config, tmp_path)
-    prepare(settings(seed=14), checkpoint=tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_settings_that_are_refused_leave_old_snapshots_alone(settings, prepare, tmp_path):
-    stopped(prepare, settings(checkpoint_seconds=1e-9), tmp_path)
-    with pytest.raises(ConfigError):
-        prepare(settings(federation={"clients": 2, "min_clients": 3}), checkpoint=tmp_path)
-    assert (tmp_path / "head.safetensors").exists()
-
-
-def test_resuming_where_there_is_no_snapshot_starts_from_the_beginning(settings, prepare, tmp_path):
-    config = settings(mode="head", epochs=1)
-    fresh = prepare(config, checkpoint=tmp_path / "none", resume=True).run()
-    assert_same_bits(fresh.trainable_state(), prepare(config).run().trainable_state())
-
-
-def test_clearing_leaves_what_is_not_ours(settings, prepare, tmp_path):
-    folder = tmp_path / "snapshots"
-    experiment = prepare(settings(mode="head", epochs=1), checkpoint=folder)
-    experiment.run()
-    (folder / "notes.txt").write_text("mine", encoding="utf-8")
-    experiment.clear_checkpoint()
-    experiment.clear_checkpoint()
-    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
 
 
 @pytest.mark.parametrize("clients", [0, 2])

@@ -8,14 +8,10 @@ from torch.nn import functional
 from caravan.config import BackboneConfig
 from caravan.data.records import Example
 from caravan.errors import DataError, TrainingError
-from caravan.federation.flower import run_federation
-from caravan.federation.rounds import Update
 from caravan.model.backbone import load_backbone
 from caravan.model.encoder import Encoder
-from caravan.training.batches import epoch_batches, noise_source
-from caravan.training.checkpoint import Checkpoint
+from caravan.training.batches import epoch_batches
 from caravan.training.features import FeatureStore
-from caravan.training.inputs import TokenInputs, VectorInputs
 from caravan.training.trainer import fit
 from tiny_models import make_tiny_llama
 from toy_training import (
@@ -25,10 +21,14 @@ from toy_training import (
     StoppedError,
     assert_same_bits,
     differ,
+    largest_difference,
+    move,
+    recall,
     toy_backbone,
     toy_config,
     toy_examples,
     toy_retriever,
+    trained,
 )
 
 EXAMPLES = toy_examples(48)
@@ -39,30 +39,6 @@ both_stages = pytest.mark.parametrize("stage", ["head", "adapter"])
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory):
     return toy_backbone(tmp_path_factory.mktemp("bert"))
-
-
-def trained(backbone, stage, config, examples=EXAMPLES, *, start=None, head=None, **options):
-    """The trainable state after a training from the same start."""
-    retriever = toy_retriever(backbone, **(head or {}))
-    if start is not None:
-        retriever.load_trainable_state(start)
-    fit(retriever, examples, stage, config, **{"seed": 0, **options})
-    return retriever.trainable_state()
-
-
-def recall(retriever, examples):
-    hits = [retriever.search(example.text, 1)[0].doc_id in example.doc_ids for example in examples]
-    return sum(hits) / len(hits)
-
-
-def largest_difference(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    return max(float((tensor - theirs[name]).abs().max()) for name, tensor in ours.items())
-
-
-def move(before, after, names=None):
-    """The L2 norm of what training did to all tensors together."""
-    return math.sqrt(sum(float((after[name] - before[name]).square().sum()) for name in names or before))
 
 
 # Learning
@@ -191,87 +167,6 @@ def test_blocks_in_bfloat16_come_loosely_close_and_leave_the_retriever_in_float3
     assert 0 < gap < 0.2 * move(start, wide)
 
 
-# Dropout
-
-
-def noisy_config(**changes):
-    return toy_config(**{"dropout": 0.3, "token_dropout": 0.3, **changes})
-
-
-@both_stages
-def test_dropout_follows_from_the_seed_alone(backbone, stage):
-    first = trained(backbone, stage, noisy_config())
-    torch.manual_seed(99)
-    assert_same_bits(first, trained(backbone, stage, noisy_config()))
-    assert "head.rows" in differ(first, trained(backbone, stage, toy_config()))
-    # One batch of all examples: the order cannot tell the seeds apart, what is dropped does.
-    whole = {"batch_size": 99, "epochs": 1}
-    with_noise = [trained(backbone, stage, noisy_config(**whole), seed=seed) for seed in (0, 1)]
-    assert move(*with_noise, ["head.rows"]) > 1e-3
-    without = [trained(backbone, stage, toy_config(**whole), seed=seed) for seed in (0, 1)]
-    assert largest_difference(*without) < 1e-5
-
-
-@both_stages
-def test_every_step_drops_something_else(backbone, stage, monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        "caravan.training.trainer.noise_source",
-        lambda *numbers: (asked.append(numbers), noise_source(*numbers))[1],
-    )
-    trained(backbone, stage, noisy_config(epochs=4, batch_size=20), seed=7, epochs=range(1, 3))
-    assert asked == [(7, epoch, step) for epoch in (1, 2) for step in range(3)]
-
-
-@both_stages
-def test_validation_is_measured_without_dropout(backbone, stage, monkeypatch):
-    noises = []
-    for inputs in (VectorInputs, TokenInputs):
-        original = inputs.queries
-
-        def queries(self, batch, noise=None, original=original):
-            noises.append((min(batch) >= len(EXAMPLES), noise is not None))
-            return original(self, batch, noise)
-
-        monkeypatch.setattr(inputs, "queries", queries)
-    retriever = toy_retriever(backbone)
-    config = noisy_config(dropout=0.9, token_dropout=0.9)
-    history = fit(retriever, EXAMPLES, stage, config, seed=0, validation=VALIDATION)
-    assert set(noises) == {(False, True), (True, False)}
-    assert history[-1].validation_recall == pytest.approx(recall(retriever, VALIDATION))
-
-
-@both_stages
-def test_training_with_dropout_goes_on_after_a_stop_at_any_step_as_if_nothing_had_happened(backbone, stage, tmp_path):
-    config = noisy_config(epochs=2, gradient_accumulation=2, patience=2, checkpoint_seconds=1e-9)
-    options = {"validation": VALIDATION[:10]}
-    whole = trained(backbone, stage, config, EXAMPLES[:40], **options)
-    for stop in range(1, 7):  # 2 epochs of 16, 16 and 8 queries
-        checkpoint = Checkpoint(tmp_path / f"{stop}.safetensors", "print")
-        with pytest.raises(StoppedError):
-            trained(backbone, stage, config, EXAMPLES[:40], checkpoint=checkpoint, report=Log(stop), **options)
-        assert checkpoint.path.exists() == (stop > 1)  # the stop comes before its step is saved
-        resumed = trained(backbone, stage, config, EXAMPLES[:40], checkpoint=checkpoint, **options)
-        assert_same_bits(resumed, whole)
-
-
-@both_stages
-def test_rounds_with_dropout_continue_one_training(backbone, stage):
-    config = noisy_config(epochs=4, optimizer="sgd", rate=0.3)
-    whole = trained(backbone, stage, config)
-    half = trained(backbone, stage, config, epochs=range(2))
-    assert_same_bits(trained(backbone, stage, config, start=half, epochs=range(2, 4)), whole)
-
-
-@pytest.mark.parametrize("adapter", ["full", "none"])
-def test_dropped_tokens_still_let_the_task_be_learned(backbone, adapter):
-    retriever = toy_retriever(backbone, adapter=adapter)
-    before = recall(retriever, VALIDATION)
-    config = noisy_config(epochs=8, rate=0.1, token_dropout=0.2)
-    fit(retriever, toy_examples(120, noise=0.2), "adapter", config, seed=0)
-    assert recall(retriever, VALIDATION) > before + 0.15
-
-
 # Vectors
 
 
@@ -368,60 +263,6 @@ def test_every_example_is_trained_on_once_an_epoch_in_the_order_of_the_seed(back
     assert asked == [(48, 8, 7, 0), (48, 8, 7, 1), (48, 8, 7, 2)]
 
 
-# Rounds and clients
-
-
-@both_stages
-def test_two_rounds_continue_schedule_and_order_of_one_training(backbone, stage):
-    config = toy_config(epochs=4, optimizer="sgd", rate=0.3)
-    whole = trained(backbone, stage, config)
-    half = trained(backbone, stage, config, epochs=range(2))
-    assert_same_bits(trained(backbone, stage, config, start=half, epochs=range(2, 4)), whole)
-    assert move(trained(backbone, stage, config, start=half, epochs=range(2)), whole) > 1e-4  # not just any two epochs
-
-
-def test_a_rounds_records_are_numbered_as_in_the_whole_training(backbone):
-    history = fit(toy_retriever(backbone), EXAMPLES, "head", toy_config(epochs=5), seed=0, epochs=range(2, 4))
-    assert [record.epoch for record in history] == [2, 3]
-
-
-def test_a_round_without_epochs_changes_nothing(backbone):
-    config = toy_config(epochs=5)
-    assert_same_bits(trained(backbone, "head", config, epochs=range(2, 2)), toy_retriever(backbone).trainable_state())
-
-
-def federated(backbone, stage, config, shards, **head):
-    """The state after one round in which every client trains on its own examples from the same start."""
-
-    def local_train(client, received, number):
-        assert number == 1
-        state = trained(backbone, stage, config, shards[client], start=received, head=head)
-        return Update(client, state, len(shards[client]))
-
-    start = toy_retriever(backbone, **head).trainable_state()
-    return run_federation(start, list(shards), local_train, rounds=1)
-
-
-@both_stages
-def test_one_client_and_one_round_equal_central_training(backbone, stage):
-    config = toy_config()
-    assert_same_bits(federated(backbone, stage, config, {"only": EXAMPLES}), trained(backbone, stage, config, EXAMPLES))
-
-
-@both_stages
-def test_averaged_full_batch_steps_of_uneven_clients_equal_the_central_step(backbone, stage):
-    config = toy_config(epochs=1, batch_size=48, rate=0.5, optimizer="sgd", max_gradient_norm=None)
-    shards = {"oslo": EXAMPLES[:5], "lima": EXAMPLES[5:16], "pune": EXAMPLES[16:]}
-    head = {"hold_unseen": False}  # clients that see other documents would hold other rows
-    central = trained(backbone, stage, config, head=head)
-    averaged = federated(backbone, stage, config, shards, **head)
-    assert largest_difference(averaged, central) < 1e-6
-    start = toy_retriever(backbone).trainable_state()
-    assert min(move(start, central, [name]) for name in differ(start, central)) > 1e-2
-    even = sum(trained(backbone, stage, config, shard, head=head)["head.rows"] for shard in shards.values()) / 3
-    assert float((even - central["head.rows"]).abs().max()) > 1e-4  # the weights n_i / n are needed
-
-
 # Documents without queries
 
 
@@ -435,84 +276,6 @@ def test_rows_of_documents_without_queries_are_held_if_so_set(backbone, stage):
         assert torch.equal(held[name][UNSEEN], start[name][UNSEEN])
         assert (held[name][:UNSEEN] != start[name][:UNSEEN]).all()
         assert (free[name][UNSEEN] != start[name][UNSEEN]).all()
-
-
-# Validation
-
-
-def epoch_states(backbone, stage, config, **options):
-    """The history of a training, and the state at the end of each epoch, seen from outside."""
-    retriever, states = toy_retriever(backbone), []
-
-    def watch(progress):
-        steps = progress.total // config.head.epochs
-        if progress.task.startswith("training") and progress.done % steps == 0:
-            states.append(retriever.trainable_state())
-
-    return fit(retriever, EXAMPLES, stage, config, seed=0, report=watch, **options), states
-
-
-@both_stages
-def test_a_validation_set_is_only_looked_at_when_patience_is_0(backbone, stage):
-    config = toy_config()
-    assert_same_bits(trained(backbone, stage, config), trained(backbone, stage, config, validation=VALIDATION))
-
-
-@both_stages
-@pytest.mark.parametrize("patience", [1, 2])
-def test_early_stopping_keeps_the_best_epochs_state(backbone, stage, patience):
-    # Validation asks for what training untrains: its queries want the document after the one they resemble.
-    config = toy_config(epochs=6, rate=0.02)
-    wanted = {"d0": "d1", "d1": "d2", "d2": "d3", "d3": "d0"}
-    validation = [replace(example, doc_ids=(wanted[example.doc_ids[0]],)) for example in VALIDATION]
-    history, states = epoch_states(backbone, stage, config, validation=validation)
-    recalls = [record.validation_recall for record in history]
-    best = 0
-    for epoch, value in enumerate(recalls):
-        if value > recalls[best]:
-            best = epoch
-        if epoch - best == patience:
-            break
-    assert epoch < 5, f"no early stop in {recalls}: the test is to be made harder"
-
-    retriever, log = toy_retriever(backbone), Log()
-    stopped = fit(
-        retriever, EXAMPLES, stage, replace(config, patience=patience), seed=0, validation=validation, report=log
-    )
-    assert [record.validation_recall for record in stopped] == recalls[: epoch + 1]
-    assert_same_bits(retriever.trainable_state(), states[best])
-    assert log.steps[-1].done == log.steps[-1].total
-
-
-def test_patience_that_is_never_lost_still_keeps_the_best_epoch(backbone):
-    config = toy_config(epochs=6, rate=0.05)
-    history, states = epoch_states(backbone, "head", config, validation=VALIDATION)
-    recalls = [record.validation_recall for record in history]
-    kept = trained(backbone, "head", replace(config, patience=6), validation=VALIDATION)
-    assert_same_bits(kept, states[recalls.index(max(recalls))])
-
-
-def test_of_equally_good_epochs_the_first_is_kept(backbone):
-    config = toy_config(epochs=4)
-    validation = [replace(example, doc_ids=("d4",)) for example in VALIDATION]  # never found
-    history, states = epoch_states(backbone, "head", config, validation=validation)
-    assert {record.validation_recall for record in history} == {0.0}
-    assert_same_bits(trained(backbone, "head", replace(config, patience=2), validation=validation), states[0])
-
-
-def test_patience_without_validation_trains_to_the_end(backbone):
-    assert_same_bits(
-        trained(backbone, "head", toy_config(patience=1)), trained(backbone, "head", toy_config(patience=0))
-    )
-
-
-def test_a_validation_query_counts_when_its_first_hit_is_any_of_its_documents(backbone):
-    retriever = toy_retriever(backbone)
-    first = retriever.search("a b", 1)[0].doc_id
-    others = tuple(doc_id for doc_id in CATALOGUE.ids if doc_id != first)
-    validation = [Example("a b", (others[0], first)), Example("a b", (first,)), Example("a b", others)]
-    (record,) = fit(retriever, EXAMPLES, "head", toy_config(epochs=1, rate=1e-9), seed=0, validation=validation)
-    assert record.validation_recall == pytest.approx(2 / 3)
 
 
 # Refusals
