@@ -8,8 +8,6 @@ import pytest
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-    (ROOT / "docs").glob("*.md")
-)
 
 
 def test_the_code_of_the_first_screen_trains_measures_saves_and_finds(tmp_path, monkeypatch, capsys):

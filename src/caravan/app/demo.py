@@ -14,6 +14,8 @@ from caravan.storage import check_destination
 from caravan.training.features import FeatureStore, default_cache
 from caravan.training.progress import Report, prefixed
 
+_ADAPTER_EPOCHS = 4  # two trainings of so many epochs fit into four minutes on two cores
+
 
 @dataclass(frozen=True)
 class Search:
@@ -51,7 +53,7 @@ def run_demo(config: Config, out: str | Path, *, report: Report | None = None) -
     """Train on `helpdesk` centrally and on its four sites, compare, and save the central retriever.
 
     Args:
-        config: settings; the data set, the partition and the rivals are the demonstration's own.
+        config: settings; data set, partition, rivals and at most four adapter epochs are the demonstration's own.
         out: folder of the saved retriever.
         report: called as the work goes on.
 
