@@ -108,9 +108,8 @@ def table(name: str, runs: dict) -> str:
         others = " | ".join(
             f"{statistics.mean(measures[m]):.2f}" for m in ("recall@5", "recall@10", "mrr@10", "ndcg@10")
         )
-        lines.append(
-            f"| {row} | {statistics.mean(first):.2f} | {spread} | {others} | {statistics.mean(measures['seconds']):.1f} |"
-        )
+        mean, seconds = statistics.mean(first), statistics.mean(measures["seconds"])
+        lines.append(f"| {row} | {mean:.2f} | {spread} | {others} | {seconds:.1f} |")
     return "\n".join(lines) + "\n"
 
 
