@@ -1,5 +1,7 @@
 """A tiny frozen model, a small data set, quick settings and a saved retriever, made once for all tests here."""
 
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,14 @@ baselines = false
 random_backbone = false
 bootstrap = 20
 """
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c_is_heard() -> Iterator[None]:
+    """A shell starts its background jobs deaf to Ctrl-C, and CI may be one."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")
