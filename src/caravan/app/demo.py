@@ -14,7 +14,7 @@ from caravan.storage import check_destination
 from caravan.training.features import FeatureStore, default_cache
 from caravan.training.progress import Report, prefixed
 
-_ADAPTER_EPOCHS = 4  # two trainings of so many epochs fit into four minutes on two cores
+_ADAPTER_EPOCHS = 4  # two trainings of so many epochs take five minutes on two cores
 
 
 @dataclass(frozen=True)
