@@ -6,6 +6,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -254,8 +255,9 @@ class Experiment:
     def _snapshots(self, stage: Stage) -> Checkpoint | None:
         if self.checkpoint is None:
             return None
-        return Checkpoint(self.checkpoint / f"{stage}.safetensors", self._fingerprint())
+        return Checkpoint(self.checkpoint / f"{stage}.safetensors", self._fingerprint)
 
+    @cached_property
     def _fingerprint(self) -> str:
         """What must be the same for a snapshot to be taken up: settings that change the result, words, frozen model."""
         settings = {name: value for name, value in self.config.to_dict().items() if name not in ("data", "evaluation")}
