@@ -28,6 +28,9 @@ def toy_dataset(count: int = 48, *, validation: int = 20, test: int = 30, noise:
     return Dataset("letters", CATALOGUE, train, *held_out)
 
 
+DATASET = toy_dataset()  # no test changes it
+
+
 def with_wrong_documents(dataset: Dataset) -> Dataset:
     """The same with documents whose text is another one's, so that only the queries tell what they are about."""
     letters = list(LETTERS.values())

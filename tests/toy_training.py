@@ -59,6 +59,10 @@ def toy_examples(count: int = 48, *, seed: int = 0, noise: float = 0.4) -> list[
     return list(examples.values())
 
 
+EXAMPLES = toy_examples(48)
+VALIDATION = toy_examples(40, seed=1)
+
+
 def toy_config(*, epochs: int = 3, batch_size: int = 8, rate: float = 0.05, **settings: Any) -> TrainingConfig:
     """Settings of both stages alike; further ones are those of `TrainingConfig` or of the stages."""
     stage = {name: settings.pop(name) for name in ("weight_decay", "label_smoothing") if name in settings}

@@ -1,14 +1,19 @@
 """A tiny frozen model, a small data set, quick settings and a saved retriever, made once for all tests here."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from caravan.app.learning import Experiment
+from caravan.config import Config
+from caravan.model.backbone import Backbone
+from caravan.training.features import FeatureStore
 from command_line import Workshop, run, write_table
 from tiny_models import make_tiny_bert
-from toy_training import CATALOGUE, toy_examples
+from toy_experiments import DATASET, Place, make_place, toy_settings
+from toy_training import CATALOGUE, toy_backbone, toy_examples
 
 _QUICK = """
 [data]
@@ -68,3 +73,41 @@ def here(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: 
     monkeypatch.setenv("CARAVAN_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def vectors_are_kept_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Vectors depend in their last bits on batch mates: who compares bits starts from an empty cache."""
+    monkeypatch.setenv("CARAVAN_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def few_queries_are_timed() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("caravan.app.comparison._LATENCY_QUERIES", 2)
+        yield
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return make_place(tmp_path_factory.mktemp("place"))
+
+
+@pytest.fixture(scope="session")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
+    return toy_backbone(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture
+def settings(backbone: Backbone) -> Callable[..., Config]:
+    return lambda **parts: toy_settings(backbone.config, **parts)
+
+
+@pytest.fixture
+def prepare(backbone: Backbone) -> Callable[..., Experiment]:
+    """An experiment without files of its own: vectors are computed anew, the backbone is shared."""
+
+    def prepare(config, dataset=DATASET, **options):
+        return Experiment(dataset, config, **{"backbone": backbone, "store": FeatureStore(), **options})
+
+    return prepare

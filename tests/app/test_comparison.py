@@ -13,10 +13,9 @@ from caravan.data.records import Document, Example
 from caravan.errors import DataError, StorageError, TrainingError
 from caravan.training.features import FeatureStore
 from caravan.training.trainer import fit
-from toy_experiments import share_found, toy_dataset, toy_settings
-from toy_training import CATALOGUE, Log, assert_same_bits, toy_backbone, toy_examples, toy_retriever
+from toy_experiments import DATASET, share_found, toy_settings
+from toy_training import CATALOGUE, Log, assert_same_bits, toy_examples, toy_retriever
 
-DATASET = toy_dataset()
 RIVALS = ["BM25", "MIPS", "centroids", "1-NN", "output adapter"]
 MEASURES = {
     "recall@1": ir_measures.R @ 1,
@@ -25,11 +24,6 @@ MEASURES = {
     "mrr@10": ir_measures.RR @ 10,
     "ndcg@10": ir_measures.nDCG @ 10,
 }
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory):
-    return toy_backbone(tmp_path_factory.mktemp("bert"))
 
 
 @pytest.fixture(scope="module")

@@ -13,14 +13,9 @@ from caravan.model.adapter import IdentityAdapter
 from caravan.model.encoder import Encoder
 from caravan.storage import load
 from toy_experiments import toy_settings
-from toy_training import Log, toy_backbone
+from toy_training import Log
 
 ROWS = ["BM25", "MIPS", "centroids", "1-NN", "output adapter", "head", "adapter", "federated adapter"]
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory):
-    return toy_backbone(tmp_path_factory.mktemp("bert"))
 
 
 @pytest.fixture(scope="module")

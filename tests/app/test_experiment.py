@@ -15,16 +15,13 @@ from caravan.errors import DataError, StorageError
 from caravan.storage import load, save
 from caravan.training.features import FeatureStore
 from command_line import write_table
-from toy_experiments import make_place, share_found, toy_dataset
+from toy_experiments import DATASET, share_found
 from toy_training import CATALOGUE, Log, assert_same_bits
 
 RIVALS = ["BM25", "MIPS", "centroids", "1-NN", "output adapter", "random backbone"]
 FILES = ["README.md", "adapter.safetensors", "config.json", "documents.jsonl", "head.safetensors", "training.json"]
 
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return make_place(tmp_path_factory.mktemp("place"))
+pytestmark = pytest.mark.usefixtures("vectors_are_kept_here", "few_queries_are_timed")
 
 
 @pytest.fixture(scope="module")
@@ -35,18 +32,6 @@ def central(place, tmp_path_factory):
         patch.setenv("CARAVAN_CACHE", str(root / "cache"))
         comparison, retriever = run_experiment(place.config(evaluation={"baselines": True}), root / "central")
     return comparison, retriever, root / "central"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_queries_are_timed():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("caravan.app.comparison._LATENCY_QUERIES", 2)
-        yield
-
-
-@pytest.fixture(autouse=True)
-def vectors_are_kept_here(tmp_path, monkeypatch):
-    monkeypatch.setenv("CARAVAN_CACHE", str(tmp_path / "cache"))
 
 
 # From files to a folder
@@ -203,13 +188,13 @@ def test_retrievers_on_one_frozen_model_share_it(central, sites, monkeypatch):
 
 
 def test_a_retriever_saved_without_any_record_is_compared_on_given_data(place, tmp_path):
-    retriever = train(toy_dataset(), place.config(mode="head", epochs=1))
+    retriever = train(DATASET, place.config(mode="head", epochs=1))
     retriever.record = {}
     save(retriever, tmp_path / "bare")
     changes = {"evaluation.bootstrap": 0}
     comparison, _ = compare_saved([str(tmp_path / "bare")], str(place.data), changes, baselines=False)
     found = comparison.rows[0].metrics["recall@1"].value
-    assert found == pytest.approx(share_found(retriever, list(toy_dataset().test)))
+    assert found == pytest.approx(share_found(retriever, DATASET.test))
 
 
 def test_other_data_is_read_without_the_files_named_for_the_training_data(place, central, tmp_path):
@@ -217,9 +202,9 @@ def test_other_data_is_read_without_the_files_named_for_the_training_data(place,
     named = replace(config.data, test=str(place.data / "validation.csv"))
     run_experiment(replace(config, data=named), tmp_path / "named")
     comparison, _ = compare_saved([str(tmp_path / "named")], None)
-    assert [example.text for example in comparison.examples] == [example.text for example in toy_dataset().validation]
+    assert [example.text for example in comparison.examples] == [example.text for example in DATASET.validation]
     comparison, _ = compare_saved([str(tmp_path / "named")], str(place.data))
-    assert [example.text for example in comparison.examples] == [example.text for example in toy_dataset().test]
+    assert [example.text for example in comparison.examples] == [example.text for example in DATASET.test]
 
 
 def test_retrievers_of_other_documents_are_refused_before_anything_is_measured(place, central, tmp_path):

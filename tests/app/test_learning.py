@@ -16,44 +16,22 @@ from caravan.data.splits import Selection
 from caravan.errors import ConfigError, DataError, FederationError
 from caravan.model.adapter import IdentityAdapter
 from caravan.model.encoder import Encoder
-from caravan.training.features import FeatureStore
 from toy_experiments import (
+    DATASET,
     Raising,
     share_found,
     toy_dataset,
-    toy_settings,
     with_wrong_documents,
     with_wrong_queries,
 )
-from toy_training import UNSEEN, Log, StoppedError, assert_same_bits, differ, toy_backbone
+from toy_training import UNSEEN, Log, StoppedError, assert_same_bits, differ
 
-DATASET = toy_dataset()
 both_modes = pytest.mark.parametrize("mode", ["head", "adapter"])
 DEALS = {
     "iid": ({"clients": 3}, ["client-0", "client-1", "client-2"]),
     "dirichlet": ({"clients": 3, "partition": "dirichlet"}, ["client-0", "client-1", "client-2"]),
     "column": ({"partition": "column", "column": "site"}, ["east", "north", "west"]),
 }
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory):
-    return toy_backbone(tmp_path_factory.mktemp("bert"))
-
-
-@pytest.fixture
-def settings(backbone):
-    return lambda **parts: toy_settings(backbone.config, **parts)
-
-
-@pytest.fixture
-def prepare(backbone):
-    """An experiment without files of its own: vectors are computed anew, the backbone is shared."""
-
-    def prepare(config, dataset=DATASET, **options):
-        return Experiment(dataset, config, **{"backbone": backbone, "store": FeatureStore(), **options})
-
-    return prepare
 
 
 def vectors(backbone, texts):

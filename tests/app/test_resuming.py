@@ -17,53 +17,16 @@ from caravan.app.experiment import checkpoint_folder, run_experiment
 from caravan.app.learning import Experiment
 from caravan.errors import ConfigError, FederationError, StorageError
 from caravan.training.features import FeatureStore
-from toy_experiments import Raising, make_place, toy_dataset, toy_settings, with_wrong_documents
+from toy_experiments import DATASET, Raising, with_wrong_documents
 from toy_training import Log, StoppedError, assert_same_bits, toy_backbone
 
-DATASET = toy_dataset()
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory):
-    return toy_backbone(tmp_path_factory.mktemp("bert"))
-
-
-@pytest.fixture
-def settings(backbone):
-    return lambda **parts: toy_settings(backbone.config, **parts)
-
-
-@pytest.fixture
-def prepare(backbone):
-    """An experiment without files of its own: vectors are computed anew, the backbone is shared."""
-
-    def prepare(config, dataset=DATASET, **options):
-        return Experiment(dataset, config, **{"backbone": backbone, "store": FeatureStore(), **options})
-
-    return prepare
+pytestmark = pytest.mark.usefixtures("vectors_are_kept_here", "few_queries_are_timed")
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(backbone):
     """What a training that nobody stops ends with."""
     return cache(lambda config: Experiment(DATASET, config, backbone=backbone, store=FeatureStore()).run())
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return make_place(tmp_path_factory.mktemp("place"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_queries_are_timed():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("caravan.app.comparison._LATENCY_QUERIES", 2)
-        yield
-
-
-@pytest.fixture(autouse=True)
-def vectors_are_kept_here(tmp_path, monkeypatch):
-    monkeypatch.setenv("CARAVAN_CACHE", str(tmp_path / "cache"))
 
 
 def timeless(records):

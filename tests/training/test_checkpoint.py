@@ -14,7 +14,7 @@ from caravan.errors import StorageError
 from caravan.training import checkpoint as checkpoint_module
 from caravan.training.checkpoint import Checkpoint, Snapshot
 from caravan.training.trainer import fit
-from toy_training import Log, StoppedError, assert_same_bits, toy_backbone, toy_config, toy_examples, toy_retriever
+from toy_training import Log, StoppedError, assert_same_bits, toy_config, toy_examples, toy_retriever
 
 EXAMPLES = toy_examples(44)
 VALIDATION = toy_examples(20, seed=1)
@@ -48,11 +48,6 @@ def train(backbone, stage, config, *, checkpoint=None, report=None, shift=0.0, *
 def assert_same_training(ours, theirs):
     assert_same_bits(ours[0], theirs[0])
     assert ours[1] == theirs[1]
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory):
-    return toy_backbone(tmp_path_factory.mktemp("bert"))
 
 
 @pytest.fixture

@@ -8,6 +8,8 @@ from caravan.training.checkpoint import Checkpoint
 from caravan.training.inputs import TokenInputs, VectorInputs
 from caravan.training.trainer import fit
 from toy_training import (
+    EXAMPLES,
+    VALIDATION,
     Log,
     StoppedError,
     assert_same_bits,
@@ -15,21 +17,13 @@ from toy_training import (
     largest_difference,
     move,
     recall,
-    toy_backbone,
     toy_config,
     toy_examples,
     toy_retriever,
     trained,
 )
 
-EXAMPLES = toy_examples(48)
-VALIDATION = toy_examples(40, seed=1)
 both_stages = pytest.mark.parametrize("stage", ["head", "adapter"])
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory):
-    return toy_backbone(tmp_path_factory.mktemp("bert"))
 
 
 def noisy_config(**changes):

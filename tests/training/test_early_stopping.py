@@ -8,23 +8,16 @@ from caravan.data.records import Example
 from caravan.training.trainer import fit
 from toy_training import (
     CATALOGUE,
+    EXAMPLES,
+    VALIDATION,
     Log,
     assert_same_bits,
-    toy_backbone,
     toy_config,
-    toy_examples,
     toy_retriever,
     trained,
 )
 
-EXAMPLES = toy_examples(48)
-VALIDATION = toy_examples(40, seed=1)
 both_stages = pytest.mark.parametrize("stage", ["head", "adapter"])
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory):
-    return toy_backbone(tmp_path_factory.mktemp("bert"))
 
 
 def epoch_states(backbone, stage, config, **options):

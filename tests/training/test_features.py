@@ -20,11 +20,6 @@ from toy_training import toy_backbone, toy_retriever
 TEXTS = ["secret words", "b c", "a longer text of more words", "secret words", "d"]
 
 
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory):
-    return toy_backbone(tmp_path_factory.mktemp("bert"))
-
-
 @pytest.fixture
 def encoder(backbone):
     return Encoder(backbone, IdentityAdapter(backbone.embedding_width))

@@ -14,11 +14,6 @@ from toy_training import Log, toy_backbone, toy_config, toy_retriever
 TEXTS = ["a b c d e f", "a", "b c", "x y z", "a"]
 
 
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory):
-    return toy_backbone(tmp_path_factory.mktemp("bert"))
-
-
 def test_vectors_are_looked_up_by_number():
     vectors = torch.arange(12.0).reshape(4, 3)
     inputs = VectorInputs(vectors)

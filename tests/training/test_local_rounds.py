@@ -6,24 +6,17 @@ from caravan.federation.flower import run_federation
 from caravan.federation.rounds import Update
 from caravan.training.trainer import fit
 from toy_training import (
+    EXAMPLES,
     assert_same_bits,
     differ,
     largest_difference,
     move,
-    toy_backbone,
     toy_config,
-    toy_examples,
     toy_retriever,
     trained,
 )
 
-EXAMPLES = toy_examples(48)
 both_stages = pytest.mark.parametrize("stage", ["head", "adapter"])
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory):
-    return toy_backbone(tmp_path_factory.mktemp("bert"))
 
 
 @both_stages

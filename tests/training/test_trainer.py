@@ -16,7 +16,9 @@ from caravan.training.trainer import fit
 from tiny_models import make_tiny_llama
 from toy_training import (
     CATALOGUE,
+    EXAMPLES,
     UNSEEN,
+    VALIDATION,
     Log,
     StoppedError,
     assert_same_bits,
@@ -24,21 +26,13 @@ from toy_training import (
     largest_difference,
     move,
     recall,
-    toy_backbone,
     toy_config,
     toy_examples,
     toy_retriever,
     trained,
 )
 
-EXAMPLES = toy_examples(48)
-VALIDATION = toy_examples(40, seed=1)
 both_stages = pytest.mark.parametrize("stage", ["head", "adapter"])
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory):
-    return toy_backbone(tmp_path_factory.mktemp("bert"))
 
 
 # Learning

@@ -188,7 +188,7 @@ class Experiment:
 
         def local_train(client: str, received: dict[str, Tensor], number: int) -> Update:
             place, shard = shard_of[client]
-            self.retriever.load_trainable_state({**self.retriever.trainable_state(), **received})
+            self.retriever.load_trainable_state(received, partial=True)
             fit(
                 self.retriever,
                 shard.examples,
@@ -203,7 +203,7 @@ class Experiment:
             return Update(client, {name: trained[name] for name in names}, examples=len(shard.examples))
 
         def on_round(report: RoundReport, averaged: dict[str, Tensor]) -> None:
-            self.retriever.load_trainable_state({**self.retriever.trainable_state(), **averaged})
+            self.retriever.load_trainable_state(averaged, partial=True)
             reports.append({"stage": stage, **asdict(report), "validation_recall": self._validation_recall()})
             if snapshots is not None:
                 snapshots.save(Snapshot(averaged, {"round": report.round, "rounds": reports}))
@@ -218,15 +218,18 @@ class Experiment:
             backend=federation.backend,
             on_round=on_round,
         )
-        self.retriever.load_trainable_state({**self.retriever.trainable_state(), **averaged})
+        self.retriever.load_trainable_state(averaged, partial=True)
         return reports
 
     def _validation_recall(self) -> float | None:
         if not self.dataset.validation:
             return None
         ranking = rank_queries(self.retriever, [example.text for example in self.dataset.validation], self.store)
-        gold = [self.dataset.catalogue.gold_rows(example) for example in self.dataset.validation]
-        return measure(ranking, gold, bootstrap=0)["recall@1"].value
+        return measure(ranking, self._validation_gold, bootstrap=0)["recall@1"].value
+
+    @cached_property
+    def _validation_gold(self) -> list[list[int]]:
+        return [self.dataset.catalogue.gold_rows(example) for example in self.dataset.validation]
 
     def _start(self) -> Retriever:
         """The untrained retriever: document vectors as rows or, centrally, class centroids where these rank better."""
@@ -245,8 +248,10 @@ class Experiment:
 
     def _ranks_better(self, encoder: Encoder, ours: Tensor, theirs: Tensor) -> bool:
         queries = self._vectors(encoder, [example.text for example in self.dataset.validation], "validation queries")
-        gold = [self.dataset.catalogue.gold_rows(example) for example in self.dataset.validation]
-        first, second = (measure(mips(queries, rows), gold, bootstrap=0)["recall@1"].value for rows in (ours, theirs))
+        first, second = (
+            measure(mips(queries, rows), self._validation_gold, bootstrap=0)["recall@1"].value
+            for rows in (ours, theirs)
+        )
         return first > second
 
     def _vectors(self, encoder: Encoder, texts: Sequence[str], what: str) -> Tensor:

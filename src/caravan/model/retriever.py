@@ -86,13 +86,19 @@ class Retriever(nn.Module):
             yield f"head.{name}", parameter
 
     @torch.no_grad()
-    def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
+    def load_trainable_state(self, state: Mapping[str, Tensor], *, partial: bool = False) -> None:
         """Take over tensors that `trainable_state` gave.
+
+        Args:
+            state: the tensors by name.
+            partial: some names may be missing; their parameters stay as they are.
 
         Raises:
             StorageError: a name is missing or unknown, a shape is another, or a value is not finite.
         """
         parameters = dict(self.named_trainables())
+        if partial:
+            state = {**self.trainable_state(), **state}
         if parameters.keys() != state.keys():
             missing, unknown = sorted(parameters.keys() - state.keys()), sorted(state.keys() - parameters.keys())
             raise StorageError(f"the tensors do not fit this retriever: missing {missing}, unknown {unknown}")

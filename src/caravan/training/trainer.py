@@ -176,7 +176,7 @@ class _Fit:
             total = len(self._steps()) * len(self.epochs)
             self.report(Progress(self._task(), total, total))  # stopped early: nothing is left to do
         if self.best is not None:
-            self.retriever.load_trainable_state({**self.retriever.trainable_state(), **self.best[2]})
+            self.retriever.load_trainable_state(self.best[2], partial=True)
         if checkpoint:
             checkpoint.save(self._snapshot())
 
