@@ -103,6 +103,7 @@ class TrainingConfig:
     """What both stages share (`[training]`)."""
 
     mode: Literal["head", "adapter"] = "adapter"
+    passages: Annotated[int, Field(ge=0)] = 8  # of a document, trained on like queries; 0: none. More did not help
     head: HeadStageConfig = field(default_factory=HeadStageConfig)
     adapter: AdapterStageConfig = field(default_factory=AdapterStageConfig)
     optimizer: Literal["adamw", "sgd"] = "adamw"

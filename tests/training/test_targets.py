@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 
 
 def targets(gold: list[list[int]], weighting: str = "none", documents: int = 5) -> Targets:
-    return Targets(gold, document_count=documents, weighting=weighting, device=CPU)
+    return Targets(gold, queries=len(gold), document_count=documents, weighting=weighting, device=CPU)
 
 
 def random_scores(queries: int, documents: int = 5) -> torch.Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from caravan.config import AdapterConfig, Config
 from caravan.data.dataset import Dataset
+from caravan.data.passages import document_passages
 from caravan.data.records import Example
 from caravan.errors import DataError
 from caravan.files import make_folder
@@ -63,6 +64,7 @@ class Comparison:
     Attributes:
         dataset: where training queries and documents come from.
         split: "test", or "validation" where there is no test split.
+        passages: what the rivals that are trained learn from beside the training queries, as ours do.
         rows: the lines so far.
     """
 
@@ -71,6 +73,7 @@ class Comparison:
         self.split, self.examples = evaluation_split(dataset)
         self.gold = [dataset.catalogue.gold_rows(example) for example in self.examples]
         self.texts = [example.text for example in self.examples]
+        self.passages = document_passages(dataset.catalogue, config.training.passages)
         self.rows: list[Row] = []
 
     def add_ranking(self, name: str, make: Callable[[], Ranking], *, seconds: float = 0.0) -> Row:
@@ -150,6 +153,7 @@ class Comparison:
             "head",
             self.config.training,
             seed=self.config.seed,
+            passages=self.passages,
             validation=self.dataset.validation if self.config.training.patience else (),
             store=self.store,
             report=prefixed(self.report, f"{name}: "),

@@ -17,6 +17,7 @@ from caravan.app.comparison import rank_queries
 from caravan.config import Config
 from caravan.data.dataset import Dataset
 from caravan.data.partition import Shard, partition
+from caravan.data.passages import document_passages
 from caravan.errors import ConfigError
 from caravan.federation.rounds import RoundReport, Update
 from caravan.model.adapter import IdentityAdapter
@@ -48,6 +49,7 @@ class Experiment:
         dataset: the words.
         config: all settings.
         shards: the clients' examples; none for central training.
+        passages: what documents say of themselves, trained on like queries; client i of k takes every k-th from i on.
         backbone: the frozen model, loaded once.
         retriever: untrained until `run` is called.
     """
@@ -79,6 +81,7 @@ class Experiment:
         self.checkpoint = Path(checkpoint) if checkpoint is not None else None
         # What can be refused is refused before the first long work, and before an earlier run's snapshots go.
         self.shards = self._deal()
+        self.passages = document_passages(dataset.catalogue, self.config.training.passages)
         self.backbone = backbone or load_backbone(self.config.backbone, seed=self.config.seed)
         if resume:
             self._check_snapshots()
@@ -161,6 +164,7 @@ class Experiment:
             stage,
             self.config.training,
             seed=self.config.seed,
+            passages=self.passages,
             validation=self.dataset.validation,
             store=self.store,
             report=self.report,
@@ -195,6 +199,7 @@ class Experiment:
                 stage,
                 self.config.training,
                 seed=self.config.seed + place,
+                passages=self.passages[place :: len(shards)],
                 epochs=range((number - 1) * settings.epochs // rounds, number * settings.epochs // rounds),
                 store=self.store,
                 report=prefixed(self.report, f"round {number}/{rounds}, {client}: "),
@@ -281,6 +286,7 @@ class Experiment:
     ) -> dict[str, Any]:
         dataset = self.dataset
         sizes = {"train": len(dataset.train), "validation": len(dataset.validation), "test": len(dataset.test)}
+        sizes["passages"] = len(self.passages)
         record: dict[str, Any] = {
             "config": self.config.to_dict(),
             "dataset": {"name": dataset.name, "documents": len(dataset.catalogue), **sizes, "skipped": dataset.skipped},

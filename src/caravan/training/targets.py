@@ -17,13 +17,14 @@ class Targets:
         rows: int64 (N, G), each example's gold rows, filled up with its first one.
         share: float32 (N, G), how much of the target each gold row has; 0 on what was filled up.
         weights: float32 (N,), each example's weight in the loss, 1 on average.
-        seen: int64, the rows that are gold for some example, ascending.
+        seen: int64, the rows that are gold for some query, ascending.
     """
 
     def __init__(
         self,
         gold: Sequence[Sequence[int]],
         *,
+        queries: int,
         document_count: int,
         weighting: Literal["none", "sqrt", "balanced"],
         device: torch.device,
@@ -32,6 +33,7 @@ class Targets:
 
         Args:
             gold: for each of N >= 1 examples its one or more gold rows; several share the target evenly.
+            queries: how many of them, the first ones, are users' queries; the rest are passages of documents.
             document_count: C.
             weighting: how an example weighs by the number n of examples with the same first gold row: "none" alike,
                 "sqrt" as 1 / √n, "balanced" as 1 / n.
@@ -41,7 +43,7 @@ class Targets:
         self.rows = torch.tensor([[*rows, *[rows[0]] * (widest - len(rows))] for rows in gold], device=device)
         counts = torch.tensor([len(rows) for rows in gold], device=device).unsqueeze(1)
         self.share = (torch.arange(widest, device=device) < counts) / counts
-        self.seen = torch.unique(self.rows)
+        self.seen = torch.unique(self.rows[:queries])
         first = self.rows[:, 0]
         frequency = torch.bincount(first, minlength=document_count).to(torch.float32)[first]
         weights = frequency ** {"none": 0.0, "sqrt": -0.5, "balanced": -1.0}[weighting]

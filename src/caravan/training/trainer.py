@@ -54,6 +54,7 @@ def fit(
     *,
     seed: int,
     epochs: range | None = None,
+    passages: Sequence[Example] = (),
     validation: Sequence[Example] = (),
     store: FeatureStore | None = None,
     report: Report | None = None,
@@ -72,6 +73,8 @@ def fit(
         seed: decides the order of examples.
         epochs: the part of the training to do now, for a round of a federation; all of it if None. The learning rate
             and the order of examples follow the whole training's schedule, the optimizer starts anew.
+        passages: what documents say of themselves, trained on like `examples`; a document that only these know counts
+            as one without training queries.
         validation: scored after each epoch; with `config.patience` it also stops the training early, and the weights
             become those after the best epoch.
         store: where vectors are kept; nowhere if None.
@@ -98,7 +101,7 @@ def fit(
         )
     # Whatever can be refused is refused before the long work of encoding.
     snapshot = checkpoint.load() if checkpoint else None
-    training = _Fit(retriever, examples, stage, config, seed, epochs, validation, report)
+    training = _Fit(retriever, examples, passages, stage, config, seed, epochs, validation, report)
     if checkpoint and snapshot:
         training.restore(checkpoint, snapshot)
     training.prepare(store or FeatureStore())
@@ -112,12 +115,13 @@ def fit(
 class _Fit:
     """The state of one call of `fit`."""
 
-    inputs: Inputs  # the examples' queries, then those of validation
+    inputs: Inputs  # the examples' queries, the passages, then the queries of validation
 
     def __init__(
         self,
         retriever: Retriever,
         examples: Sequence[Example],
+        passages: Sequence[Example],
         stage: Stage,
         config: TrainingConfig,
         seed: int,
@@ -128,10 +132,11 @@ class _Fit:
         self.retriever, self.stage, self.config, self.seed = retriever, stage, config, seed
         self.settings: HeadStageConfig | AdapterStageConfig = config.head if stage == "head" else config.adapter
         self.epochs, self.report = epochs, report
-        self.texts = [example.text for example in (*examples, *validation)]
-        self.count = len(examples)
+        self.texts = [example.text for example in (*examples, *passages, *validation)]
+        self.count = len(examples) + len(passages)
         self.targets = Targets(
-            [retriever.catalogue.gold_rows(example) for example in examples],
+            [retriever.catalogue.gold_rows(example) for example in (*examples, *passages)],
+            queries=len(examples),
             document_count=len(retriever.catalogue),
             weighting=config.class_weights,
             device=retriever.encoder.device,
