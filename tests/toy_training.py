@@ -71,7 +71,7 @@ def toy_config(*, epochs: int = 3, batch_size: int = 8, rate: float = 0.05, **se
     rates = {"learning_rate": rate / 10, "head_learning_rate": rate}
     return TrainingConfig(
         head=HeadStageConfig(learning_rate=rate, dropout=dropout, **stage),
-        adapter=AdapterStageConfig(**rates, token_dropout=token_dropout, **stage),
+        adapter=AdapterStageConfig(**rates, dropout=dropout, token_dropout=token_dropout, **stage),
         **{"precision": "float32", **settings},
     )
 

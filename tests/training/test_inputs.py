@@ -125,6 +125,16 @@ def test_the_same_noise_drops_the_same_and_the_next_draw_something_else():
     assert not torch.equal(first, second)
 
 
+def test_vectors_of_tokens_lose_numbers_like_those_computed_before(backbone):
+    encoder = toy_retriever(backbone).encoder
+    inputs = TokenInputs(encoder, TEXTS, toy_config(dropout=0.75))
+    whole = encoder.encode(TEXTS)
+    torch.testing.assert_close(inputs.queries(range(5)), whole)  # without noise
+    torch.testing.assert_close(
+        inputs.queries(range(5), noise(1)), VectorInputs(whole, 0.75).queries(range(5), noise(1))
+    )
+
+
 def test_queries_to_train_on_and_to_validate_on_have_one_numbering_and_the_dropout(backbone):
     encoder = toy_retriever(backbone).encoder
     inputs = encode_inputs(encoder, TEXTS[:3], TEXTS[3:], FeatureStore(), None, dropout=0.3)

@@ -46,11 +46,7 @@ class VectorInputs:
 
     def queries(self, batch: Sequence[int], noise: torch.Generator | None = None) -> Tensor:
         """Look vectors up; with noise, set a share of their numbers to 0 and scale the rest up."""
-        vectors = self.vectors[torch.tensor(batch, device=self.vectors.device)]
-        if noise is None or not self.dropout:
-            return vectors
-        kept = torch.rand(vectors.shape, generator=noise) >= self.dropout
-        return vectors * kept.to(vectors.device) / (1 - self.dropout)
+        return _dropped(self.vectors[torch.tensor(batch, device=self.vectors.device)], self.dropout, noise)
 
     def close(self) -> None:
         """There is nothing to undo."""
@@ -63,22 +59,30 @@ class TokenInputs:
         self.encoder = encoder
         self.tokens = encoder.tokenize(texts)
         self.lengths = [len(ids) for ids in self.tokens]
-        self.token_dropout = config.adapter.token_dropout
+        self.dropout, self.token_dropout = config.adapter.dropout, config.adapter.token_dropout
         self.backbone = encoder.backbone.cast(training_dtype(config, encoder.backbone))
         if config.activation_checkpointing:
             self.backbone.checkpoint_activations(True)
 
     def queries(self, batch: Sequence[int], noise: torch.Generator | None = None) -> Tensor:
-        """Encode, differentiably with respect to the adapter; with noise, leave a share of the tokens out."""
+        """Encode, differentiably with respect to the adapter; with noise, leave tokens and numbers of vectors out."""
         tokens = [self.tokens[index] for index in batch]
         if noise is not None and self.token_dropout:
             tokens = [_thinned(ids, self.token_dropout, noise) for ids in tokens]
         input_ids, mask = pad(tokens, device=self.encoder.device)
-        return self.encoder(input_ids, mask, backbone=self.backbone)
+        return _dropped(self.encoder(input_ids, mask, backbone=self.backbone), self.dropout, noise)
 
     def close(self) -> None:
         """Stop checkpointing activations: the blocks may be the retriever's own."""
         self.backbone.checkpoint_activations(False)
+
+
+def _dropped(vectors: Tensor, rate: float, noise: torch.Generator | None) -> Tensor:
+    """With noise, set a share of the numbers to 0 and scale the rest up (dropout; arXiv:1207.0580)."""
+    if noise is None or not rate:
+        return vectors
+    kept = torch.rand(vectors.shape, generator=noise) >= rate
+    return vectors * kept.to(vectors.device) / (1 - rate)
 
 
 def _thinned(ids: list[int], rate: float, noise: torch.Generator) -> list[int]:
