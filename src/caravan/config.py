@@ -91,7 +91,7 @@ class AdapterStageConfig:
 
     epochs: Annotated[int, Field(ge=0)] = 4
     batch_size: PositiveInt = 32
-    learning_rate: PositiveFloat = 5e-4  # of the adapter: Adam moves all of a square matrix at once, which is far
+    learning_rate: PositiveFloat = 1e-3  # of the adapter: Adam moves all of a square matrix at once, which is far
     head_learning_rate: PositiveFloat = 1e-4  # it has been trained already: faster, it learns the queries by heart
     weight_decay: NonNegativeFloat = 0.1  # of the head
     label_smoothing: Fraction = 0.1
