@@ -34,8 +34,10 @@ def helpdesk():
 def demo(backbone, helpdesk, tmp_path_factory):
     """A demonstration and its folder; settings that are its own are set wrong."""
     root = tmp_path_factory.mktemp("demo")
+    settings = toy_settings(backbone.config, epochs=1, batch_size=64, rate=0.02)
     config = replace(
-        toy_settings(backbone.config, epochs=1, batch_size=64, rate=0.02),
+        settings,
+        training=replace(settings.training, adapter=replace(settings.training.adapter, epochs=9)),
         data=DataConfig(path="elsewhere", documents="nowhere.csv", test="nowhere.csv", text_column="question"),
         federation=FederationConfig(clients=3, rounds=1),
         evaluation=EvaluationConfig(baselines=False, random_backbone=True, bootstrap=20),
@@ -72,6 +74,8 @@ def test_the_central_retriever_is_saved_with_the_whole_table(demo):
     assert list(record["metrics"]) == ROWS
     assert "federation" not in record
     assert record["config"]["data"]["path"] == "helpdesk"
+    assert record["config"]["training"]["adapter"]["epochs"] == 2
+    assert [epoch["stage"] for epoch in record["history"]] == ["head", "adapter", "adapter"]
     saved = record["metrics"]["adapter"]["metrics"]["mrr@10"]["value"]
     assert saved == result.comparison.rows[6].metrics["mrr@10"].value
 
