@@ -10,7 +10,7 @@ import pytest
 
 from caravan.config import FederationConfig
 from caravan.errors import FederationError
-from caravan.federation.flower import run_federation
+from caravan.federation.flower import Failure, run_federation
 from toy_federation import SITES, assert_same_bits, reports_of, start_tensors, toy_train
 
 
@@ -20,7 +20,7 @@ import os, sys, threading
 for name in ("FLWR_TELEMETRY_ENABLED", "FLWR_DISABLE_UPDATE_CHECK"):
     os.environ.pop(name, None)
 before = dict(os.environ)
-from caravan.federation.flower import run_federation
+from caravan.federation.flower import Failure, run_federation
 from caravan.federation.rounds import Update
 import torch
 assert dict(os.environ) == before and "flwr" not in sys.modules
@@ -134,3 +134,22 @@ def test_a_simulation_runtime_that_dies_is_an_error_and_never_a_hang(simulation)
     for thread in set(threading.enumerate()) - before:
         thread.join(timeout=5)
     assert set(threading.enumerate()) <= before
+
+
+def test_clients_that_do_not_answer_in_time_are_left_out_and_asked_again_for_a_quorum(simulation):
+    asked = []
+
+    def pune_sleeps_once(client, tensors, round_number):
+        asked.append(client)
+        if client == "pune" and asked.count("pune") == 1:
+            released.wait(timeout=60)
+        return toy_train(client, tensors, round_number)
+
+    released = threading.Event()
+    settings = FederationConfig(backend="ray", round_seconds=1.0, min_clients=3)
+    try:
+        (report,) = reports_of(pune_sleeps_once, settings=settings)
+    finally:
+        released.set()
+    assert report.clients == tuple(SITES)
+    assert report.retried == (Failure("pune", "it did not answer in round_seconds = 1"),)
