@@ -38,7 +38,8 @@ class Standing:
 
     def snapshot(self) -> Snapshot:
         """Give what `from_snapshot` reads."""
-        groups = {"global": self.tensors, "server": self.server, "best": self.best[2] if self.best else {}}
+        earlier = self.best is not None and self.best[1] != self.round  # else the best tensors are the global ones
+        groups = {"global": self.tensors, "server": self.server, "best": self.best[2] if self.best and earlier else {}}
         tensors = {f"{group}.{name}": tensor for group, named in groups.items() for name, tensor in named.items()}
         best = None if self.best is None else self.best[:2]
         return Snapshot(tensors, {"round": self.round, "rounds": self.rounds, "best": best})
@@ -51,5 +52,5 @@ class Standing:
             group, _, own = name.partition(".")
             groups[group][own] = tensor
         values = snapshot.values
-        best = None if values["best"] is None else (*values["best"], groups["best"])
+        best = None if values["best"] is None else (*values["best"], groups["best"] or groups["global"])
         return cls(groups["global"], values["rounds"], values["round"], groups["server"], best)

@@ -120,5 +120,5 @@ def _remedy(settings: FederationConfig) -> str:
 
 
 def _shuffled(clients: Sequence[str], seed: int, number: int, attempt: int) -> list[str]:
-    order = np.random.default_rng([seed, number, attempt]).permutation(len(clients))
+    order = np.random.default_rng([seed, number, attempt]).permutation(len(clients)).tolist()
     return [clients[place] for place in order]
