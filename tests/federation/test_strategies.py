@@ -162,6 +162,23 @@ def test_the_result_does_not_depend_on_who_answered_first_and_keeps_names_shapes
 
 
 @pytest.mark.parametrize("name", get_args(StrategyName))
+def test_names_may_come_in_any_order(name):
+    given, reference = updates(), {"a": REFERENCE["adapter"], "b": 2 * REFERENCE["adapter"]}
+    given = [Update(u.client, {"a": u.tensors["adapter"], "b": -u.tensors["adapter"]}, u.examples) for u in given]
+    turned = [
+        Update(u.client, dict(reversed(u.tensors.items())) if index % 2 else u.tensors, u.examples)
+        for index, u in enumerate(given)
+    ]
+    strategies = make(name), make(name)
+    for number in (1, 2):
+        ours, theirs = (s.combine(number, sent, reference) for s, sent in zip(strategies, (turned, given), strict=True))
+        assert_same_bits(ours, theirs)
+        reference = ours
+    backwards = dict(reversed(reference.items()))
+    assert list(make(name).combine(1, given, backwards)) == ["b", "a"]
+
+
+@pytest.mark.parametrize("name", get_args(StrategyName))
 def test_clients_that_change_nothing_change_nothing(name):
     still = [Update(f"{index}", {key: t.clone() for key, t in REFERENCE.items()}, 1 + index) for index in range(COUNT)]
     assert_same_bits(make(name).combine(1, still, REFERENCE), REFERENCE)

@@ -14,6 +14,7 @@ from caravan.federation.rounds import Update, average
 if TYPE_CHECKING:
     from flwr.app import ArrayRecord
     from flwr.serverapp.strategy import FedAvg
+    from numpy.typing import NDArray
 
 _EXAMPLES = "num-examples"
 _AVERAGES = ("fedavg", "fedprox")
@@ -62,8 +63,11 @@ class Strategy:
             combined = self._optimize(number, average(updates), reference)
         else:
             ordered = sorted(updates, key=lambda update: update.client)
-            arrays = _aggregate(self._robust(len(ordered)), number, [update.tensors for update in ordered])
+            arrays = _aggregate(
+                self._robust(len(ordered)), number, [update.tensors for update in ordered], list(reference)
+            )
             combined = _from_float64(arrays, reference)
+        combined = {name: combined[name] for name in reference}
         for name, tensor in combined.items():
             if not bool(torch.isfinite(tensor).all()):
                 raise FederationError(
@@ -91,7 +95,7 @@ class Strategy:
             flower.current_arrays = _in_float64(reference)
             if self._state:
                 flower.momentum_vector = [self._state[f"momentum.{name}"].numpy() for name in reference]
-            arrays = _aggregate(flower, number, [averaged])
+            arrays = _aggregate(flower, number, [averaged], list(reference))
             if flower.momentum_vector is not None:
                 memory = zip(reference, flower.momentum_vector, strict=True)
                 self._state = {f"momentum.{name}": torch.as_tensor(vector).clone() for name, vector in memory}
@@ -106,7 +110,7 @@ class Strategy:
         if self._state:
             adaptive.m_t = {name: self._state[f"first_moment.{name}"].numpy() for name in reference}
             adaptive.v_t = {name: self._state[f"second_moment.{name}"].numpy() for name in reference}
-        arrays = _aggregate(adaptive, number, [averaged])
+        arrays = _aggregate(adaptive, number, [averaged], list(reference))
         memories = {"first_moment": adaptive.m_t or {}, "second_moment": adaptive.v_t or {}}
         self._state = {
             f"{memory}.{name}": torch.as_tensor(vector).clone()
@@ -138,21 +142,29 @@ def proximal_mu(settings: FederationConfig) -> float:
     return settings.proximal_mu if settings.strategy == "fedprox" else 0.0
 
 
-def _aggregate(strategy: "FedAvg", number: int, states: Sequence[Mapping[str, Tensor]]) -> "ArrayRecord":
-    """Give checked tensors to a Flower strategy as replies of equal weight."""
-    from flwr.app import Message, MessageType, MetricRecord, RecordDict
+def _aggregate(
+    strategy: "FedAvg", number: int, states: Sequence[Mapping[str, Tensor]], names: Sequence[str]
+) -> "ArrayRecord":
+    """Give checked tensors to a Flower strategy as replies of equal weight, all with the names in one order.
 
-    replies = [
-        Message(
-            RecordDict({"arrays": _in_float64(tensors), "metrics": MetricRecord({_EXAMPLES: 1})}),
-            place + 1,
-            MessageType.TRAIN,
-        )
-        for place, tensors in enumerate(states)
-    ]
-    arrays, _ = strategy.aggregate_train(number, replies)
-    assert arrays is not None  # None would mean too few replies: the quorum was checked before
-    return arrays
+    Flower goes by position where it compares or subtracts, and a client or a snapshot may have another order.
+    """
+    from flwr.app import ArrayRecord, Message, MessageType, MetricRecord, RecordDict
+
+    class LastingRecord(ArrayRecord):
+        """A record that is not emptied: Bulyan would collect garbage after each, a second with torch loaded."""
+
+        def to_numpy_ndarrays(self, *, keep_input: bool = True) -> "list[NDArray]":
+            return super().to_numpy_ndarrays()
+
+    replies = []
+    for place, tensors in enumerate(states):
+        arrays = LastingRecord(dict(_in_float64({name: tensors[name] for name in names}).items()))
+        content = RecordDict({"arrays": arrays, "metrics": MetricRecord({_EXAMPLES: 1})})
+        replies.append(Message(content, place + 1, MessageType.TRAIN))
+    aggregated, _ = strategy.aggregate_train(number, replies)
+    assert aggregated is not None  # None would mean too few replies: the quorum was checked before
+    return aggregated
 
 
 def _in_float64(tensors: Mapping[str, Tensor]) -> "ArrayRecord":
