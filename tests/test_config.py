@@ -1,13 +1,13 @@
 import tomllib
 from dataclasses import FrozenInstanceError, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from caravan.config import Config, TrainingConfig, changed, config_from_dict, read_config, read_toml
+from caravan.config import Config, StrategyName, TrainingConfig, changed, config_from_dict, read_config, read_toml
 from caravan.errors import ConfigError
 
 BOUNDED = {
@@ -31,6 +31,20 @@ BOUNDED = {
     "federation.clients": (0, -1),
     "federation.alpha": (0.1, 0.0),
     "federation.rounds": (1, 0),
+    "federation.clients_per_round": (1, 0),
+    "federation.min_clients": (1, 0),
+    "federation.round_retries": (0, -1),
+    "federation.round_seconds": (0.1, 0.0),
+    "federation.max_update_norm": (1e-9, 0.0),
+    "federation.max_examples": (1, 0),
+    "federation.proximal_mu": (1e-9, 0.0),
+    "federation.server_learning_rate": (1e-9, float("inf")),
+    "federation.server_momentum": (0.0, 1.0),
+    "federation.server_second_momentum": (0.0, 1.0),
+    "federation.server_adaptivity": (1e-9, 0.0),
+    "federation.byzantine_clients": (0, -1),
+    "federation.trimmed_share": (0.49, 0.5),
+    "federation.krum_selected": (1, 0),
     "evaluation.bootstrap": (0, -1),
 }
 CHOICES = {
@@ -45,6 +59,8 @@ CHOICES = {
     "training.class_weights": ("none", "sqrt", "balanced"),
     "federation.partition": ("iid", "dirichlet"),
     "federation.backend": ("inprocess", "ray"),
+    "federation.strategy": get_args(StrategyName),
+    "federation.keep": ("last", "best"),
 }
 
 

@@ -21,6 +21,9 @@ PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+StrategyName = Literal[
+    "fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "median", "trimmed_mean", "krum", "multi_krum", "bulyan"
+]
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
@@ -129,8 +132,29 @@ class FederationConfig:
     column: str | None = None  # partition = "column": the column that names the client
     alpha: PositiveFloat = 1.0  # partition = "dirichlet": small is uneven
     rounds: PositiveInt = 5  # the stage's epochs are divided over the rounds, so passes equal central training's
-    min_clients: PositiveInt = 1  # replies a round needs
     backend: Literal["inprocess", "ray"] = "inprocess"  # ray starts in half a minute and only pays with many cores
+    # Who is asked, and how long the server waits.
+    clients_per_round: PositiveInt | None = (
+        None  # drawn anew each round by (seed, round); None: all, while they are few
+    )
+    min_clients: PositiveInt = 1  # usable updates a round needs; a robust strategy may need more
+    round_retries: Annotated[int, Field(ge=0)] = 1  # a short outage should not end a run, a broken client should
+    round_seconds: PositiveFloat | None = None  # None: wait; in process clients run in turn and are never cut short
+    # What an update may be. There is no bound that fits every backbone and rate: the reports show what is usual.
+    max_update_norm: PositiveFloat | None = None  # L2 distance from the round's start, all tensors together
+    max_examples: PositiveInt | None = None  # a client's weight is its own claim: set it to the largest honest shard
+    # How updates become the new global tensors.
+    strategy: StrategyName = "fedavg"  # one client equals central training, and nothing needs tuning
+    proximal_mu: PositiveFloat = 0.01  # fedprox: the middle of the grid in its paper (arXiv:1812.06127)
+    server_learning_rate: PositiveFloat | None = None  # None: fedavgm 1, the average itself; fedadam, fedyogi 0.01, a
+    # fifth of a typical value in a head's row, where Flower's 0.1 for fedadam would overwrite the row in one round
+    server_momentum: Fraction = 0.9  # fedavgm (arXiv:1909.06335); beta_1 of fedadam and fedyogi (arXiv:2003.00295)
+    server_second_momentum: Fraction = 0.99  # beta_2 of fedadam and fedyogi, as in arXiv:2003.00295
+    server_adaptivity: PositiveFloat = 1e-3  # tau of fedadam and fedyogi, as in arXiv:2003.00295
+    byzantine_clients: Annotated[int, Field(ge=0)] = 1  # a robust strategy that withstands nobody is a worse average
+    trimmed_share: Annotated[float, Field(gt=0, lt=0.5, allow_inf_nan=False)] = 0.2  # trimmed_mean: Flower's own
+    krum_selected: PositiveInt | None = None  # multi_krum: updates averaged; None: as many as are safe
+    keep: Literal["last", "best"] = "last"  # "best" needs validation queries, which may be absent
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)

@@ -47,6 +47,14 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
         {"federation.partition": "dirichlet", "federation.alpha": 0.5, "federation.clients": 2},
     ),
     "--rounds": ("--clients 2 --rounds 9", {"federation.clients": 2, "federation.rounds": 9}),
+    "--clients-per-round": (
+        "--clients 9 --clients-per-round 4",
+        {"federation.clients": 9, "federation.clients_per_round": 4},
+    ),
+    "--strategy": (
+        "--clients 9 --strategy trimmed_mean",
+        {"federation.clients": 9, "federation.strategy": "trimmed_mean"},
+    ),
     "--baselines": ("--no-baselines", {"evaluation.baselines": False}),
     "--set": ("--set head.hidden=5", {"head.hidden": 5}),
 }

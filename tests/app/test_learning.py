@@ -26,7 +26,7 @@ from toy_experiments import (
     with_wrong_documents,
     with_wrong_queries,
 )
-from toy_training import CATALOGUE, UNSEEN, Log, StoppedError, assert_same_bits, differ
+from toy_training import CATALOGUE, UNSEEN, Log, StoppedError, assert_same_bits, differ, largest_difference
 
 both_modes = pytest.mark.parametrize("mode", ["head", "adapter"])
 DEALS = {
@@ -280,9 +280,56 @@ def test_fewer_usable_clients_than_asked_for_is_an_error(settings, prepare):
         prepare(config, report=Raising("round 1/1, client-1: training", StoppedError("no"))).run()
 
 
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_the_round_that_is_kept_is_the_last_or_the_best_on_validation(settings, prepare, keep):
+    # So large a rate that validation goes up and down.
+    config = settings(mode="head", epochs=6, rate=0.3, federation={"clients": 3, "rounds": 6, "keep": keep})
+    retriever = prepare(config).run()
+    federation = retriever.record["federation"]
+    recalls = [each["validation_recall"] for each in federation["rounds"]]
+    assert max(recalls) > recalls[-1]  # else the test would prove nothing
+    kept = federation["kept_rounds"]["head"]
+    assert kept == (6 if keep == "last" else recalls.index(max(recalls)) + 1)
+    assert share_found(retriever, DATASET.validation) == pytest.approx(recalls[kept - 1])
+
+
+def test_the_adapter_stage_starts_from_the_head_stages_kept_round(settings, prepare):
+    federation = {"clients": 3, "rounds": 6, "keep": "best"}
+    seen = {}
+    record = (
+        prepare(settings(mode="adapter", epochs=6, rate=0.3, federation=federation))
+        .run(lambda stage, now, seconds: seen.update({stage: share_found(now, DATASET.validation)}))
+        .record["federation"]
+    )
+    for stage in ("head", "adapter"):
+        recalls = [each["validation_recall"] for each in record["rounds"] if each["stage"] == stage]
+        assert seen[stage] == pytest.approx(max(recalls))
+        assert record["kept_rounds"][stage] == recalls.index(max(recalls)) + 1
+
+
+def test_a_drawn_part_of_the_clients_trains_each_round(settings, prepare):
+    federation = {"clients": 6, "clients_per_round": 2, "rounds": 4}
+    rounds = prepare(settings(mode="head", epochs=4, federation=federation)).run().record["federation"]["rounds"]
+    asked = [tuple(each["asked"]) for each in rounds]
+    assert [tuple(each["clients"]) for each in rounds] == asked
+    assert {len(drawn) for drawn in asked} == {2}
+    assert len(set(asked)) > 1
+
+
+def test_fedprox_holds_clients_nearer_to_the_rounds_start_than_fedavg(settings, prepare):
+    def state(**federation):
+        return prepare(settings(mode="head", epochs=2, federation={"clients": 3, "rounds": 1, **federation})).run()
+
+    start = prepare(settings(mode="head")).retriever.trainable_state()
+    free, held = (run.trainable_state() for run in (state(), state(strategy="fedprox", proximal_mu=30.0)))
+    assert 0 < largest_difference(held, start) < largest_difference(free, start)
+
+
 @pytest.mark.parametrize(
     ("parts", "error", "told"),
     [
+        ({"federation": {"clients": 2, "clients_per_round": 3}}, ConfigError, "clients_per_round is 3, there are 2"),
+        ({"federation": {"clients": 4, "strategy": "krum"}}, ConfigError, "needs 5 usable updates a round"),
         ({"head": {"start": "centroids"}, "federation": {"clients": 3}}, ConfigError, r'head\.start = "centroids"'),
         (
             {"head": {"start": "centroids"}, "federation": {"partition": "column", "column": "site"}},
@@ -301,6 +348,12 @@ def test_what_clients_refuse_is_refused_before_any_work(settings, tmp_path, part
     assert "\n" not in str(caught.value)
     assert log.told == []
     assert not (tmp_path / "snapshots").exists()
+
+
+def test_the_best_round_cannot_be_kept_without_validation(settings, prepare):
+    dataset = replace(DATASET, validation=())
+    with pytest.raises(ConfigError, match=r'federation\.keep = "best" chooses by validation queries'):
+        prepare(settings(federation={"clients": 3, "keep": "best"}), dataset)
 
 
 # The record

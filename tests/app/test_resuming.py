@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import cache
+from typing import get_args
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from caravan.app.cli import main
 from caravan.app.experiment import checkpoint_folder, run_experiment
 from caravan.app.learning import Experiment
+from caravan.config import StrategyName
 from caravan.errors import ConfigError, FederationError, StorageError
 from caravan.training.features import FeatureStore
 from toy_experiments import DATASET, Raising, with_wrong_documents
@@ -82,6 +84,25 @@ def test_a_federated_training_is_resumed_to_the_same_bits(settings, prepare, uni
     assert timeless(retriever.record["federation"]["rounds"]) == timeless(whole.record["federation"]["rounds"])
     told = [progress.task for progress in log.told if "training the" in progress.task]
     assert told[0] == f"round {round_}/3, east: training the {stage}"
+
+
+@pytest.mark.parametrize("strategy", get_args(StrategyName))
+def test_a_resumed_federation_is_the_uninterrupted_one_with_every_strategy(settings, prepare, tmp_path, strategy):
+    federation = {"clients": 8, "clients_per_round": 7, "rounds": 4, "strategy": strategy, "keep": "best"}
+    config = settings(mode="head", epochs=4, rate=0.3, federation=federation)
+    whole = prepare(config).run()
+    stop = Raising("round 3/4, client-4: training the head", KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config, checkpoint=tmp_path, report=stop).run()
+    names = load_file(tmp_path / "head.safetensors").keys()
+    assert any(name.startswith("server.") for name in names) == (strategy in ("fedavgm", "fedadam", "fedyogi"))
+    log = Log()
+    resumed = prepare(config, checkpoint=tmp_path, resume=True, report=log).run()
+    assert next(progress.task for progress in log.told if "training" in progress.task).startswith("round 3/4")
+    assert_same_bits(resumed.trainable_state(), whole.trainable_state())
+    ours, theirs = resumed.record["federation"], whole.record["federation"]
+    assert timeless(ours["rounds"]) == timeless(theirs["rounds"])
+    assert ours["kept_rounds"] == theirs["kept_rounds"]
 
 
 def test_a_federated_training_that_fails_in_a_round_is_resumed_from_the_round_before(settings, prepare, tmp_path):

@@ -8,8 +8,9 @@ import warnings
 
 import pytest
 
+from caravan.config import FederationConfig
 from caravan.errors import FederationError
-from caravan.federation.flower import run_federation
+from caravan.federation.flower import Failure, run_federation
 from toy_federation import SITES, assert_same_bits, reports_of, start_tensors, toy_train
 
 
@@ -19,7 +20,7 @@ import os, sys, threading
 for name in ("FLWR_TELEMETRY_ENABLED", "FLWR_DISABLE_UPDATE_CHECK"):
     os.environ.pop(name, None)
 before = dict(os.environ)
-from caravan.federation.flower import run_federation
+from caravan.federation.flower import Failure, run_federation
 from caravan.federation.rounds import Update
 import torch
 assert dict(os.environ) == before and "flwr" not in sys.modules
@@ -87,7 +88,12 @@ def test_flowers_simulation_runtime_gives_the_same_tensors_and_the_same_reports(
     ours, theirs = [], []
     here = run_federation(start_tensors(), SITES, lima_fails_once, rounds=2, on_round=lambda r, _: ours.append(r))
     there = run_federation(
-        start_tensors(), SITES, lima_fails_once, rounds=2, backend="ray", on_round=lambda r, _: theirs.append(r)
+        start_tensors(),
+        SITES,
+        lima_fails_once,
+        rounds=2,
+        settings=FederationConfig(backend="ray"),
+        on_round=lambda r, _: theirs.append(r),
     )
     assert_same_bits(there, here)
     assert [{**vars(report), "seconds": 0} for report in theirs] == [{**vars(report), "seconds": 0} for report in ours]
@@ -99,7 +105,7 @@ def test_too_few_usable_updates_end_a_run_on_the_simulation_runtime_too(simulati
         raise ValueError("no data")
 
     with pytest.raises(FederationError, match=r"round 1: 0 of 3 .*oslo, lima, pune: ValueError: no data"):
-        run_federation(start_tensors(), SITES, fail, rounds=2, backend="ray")
+        run_federation(start_tensors(), SITES, fail, rounds=2, settings=FederationConfig(backend="ray"))
 
 
 def test_a_client_that_dies_and_a_reply_that_cannot_be_read_are_failures_of_their_client_alone(simulation):
@@ -113,7 +119,7 @@ def test_a_client_that_dies_and_a_reply_that_cannot_be_read_are_failures_of_thei
         return reply
 
     simulation.tamper = tamper
-    (report,) = reports_of(toy_train, backend="ray")
+    (report,) = reports_of(toy_train, settings=FederationConfig(backend="ray"))
     assert report.clients == ("pune",)
     assert [failure.client for failure in report.failures] == ["oslo", "lima"]
     assert "worker killed" in report.failures[0].reason
@@ -124,7 +130,27 @@ def test_a_simulation_runtime_that_dies_is_an_error_and_never_a_hang(simulation)
     simulation.broken = True
     before = set(threading.enumerate())
     with pytest.raises(FederationError, match="simulation on Ray failed"):
-        run_federation(start_tensors(), SITES, toy_train, rounds=2, backend="ray")
+        run_federation(start_tensors(), SITES, toy_train, rounds=2, settings=FederationConfig(backend="ray"))
     for thread in set(threading.enumerate()) - before:
         thread.join(timeout=5)
     assert set(threading.enumerate()) <= before
+
+
+def test_clients_that_do_not_answer_in_time_are_left_out_and_asked_again_for_a_quorum(simulation):
+    asked_again = threading.Event()
+    asked = []
+
+    def pune_hangs_once(client, tensors, round_number):
+        if client == "pune":
+            asked.append(client)
+            if len(asked) > 1:
+                asked_again.set()
+            asked_again.wait(timeout=60)
+        return toy_train(client, tensors, round_number)
+
+    # On a busy machine the others may need a second attempt too.
+    settings = FederationConfig(backend="ray", round_seconds=1.0, min_clients=3, round_retries=50)
+    (report,) = reports_of(pune_hangs_once, settings=settings)
+    assert report.clients == tuple(SITES)
+    assert report.failures == ()
+    assert Failure("pune", "it did not answer in round_seconds = 1") in report.retried

@@ -8,7 +8,16 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from caravan.errors import FederationError
-from caravan.federation.rounds import Failure, Update, average, check, check_plan, close_round
+from caravan.federation.rounds import (
+    Failure,
+    Update,
+    average,
+    check,
+    check_plan,
+    list_reasons,
+    sort_answers,
+    update_norm,
+)
 
 
 def update(client: str, values: list[float], examples: int = 1) -> Update:
@@ -154,35 +163,51 @@ def test_a_bad_example_count_is_refused_with_the_client_and_the_count(examples):
     assert repr(examples) in str(caught.value)
 
 
-def test_a_round_averages_the_usable_answers_and_names_the_others():
+def test_the_usable_answers_are_parted_from_the_others():
     answers = {
         "west": update("west", [2.0, 4.0], examples=1),
         "north": "ValueError: no data",
         "south": update("south", [float("nan"), 0.0]),
         "east": update("east", [4.0, 8.0], examples=3),
     }
-    averaged, updates, failures = close_round(1, answers, REFERENCE, min_clients=2)
-    assert averaged["head"].tolist() == [3.5, 7.0]
-    assert [item.client for item in updates] == ["west", "east"]
-    assert failures == (
+    updates, failures = sort_answers(answers, REFERENCE)
+    assert updates == [answers["west"], answers["east"]]
+    assert failures == [
         Failure("north", "ValueError: no data"),
         Failure("south", "1 of 2 values of tensor head are not finite; lower its learning rate"),
-    )
+    ]
 
 
-def test_too_few_usable_answers_end_the_run_with_every_reason_said_once():
-    answers = {
-        "a": "disk full",
-        "b": update("b", [1.0, 1.0]),
-        "c": "disk full",
-        "d": update("d", [1.0, 1.0], examples=0),
-    }
-    with pytest.raises(FederationError) as caught:
-        close_round(7, answers, REFERENCE, min_clients=2)
-    assert str(caught.value) == (
-        "round 7: 1 of 4 clients sent a usable update, min_clients is 2 (a, c: disk full; d: its example count is 0; "
-        "a whole number from 1 to 2**53 is needed); repair those clients or lower min_clients"
-    )
+def test_an_update_may_go_as_far_as_the_bound_and_no_farther():
+    reference = {"head": torch.tensor([1.0, 1.0]), "scale": torch.tensor(2.0, dtype=torch.float16)}
+    moved = Update("oslo", {"head": torch.tensor([3.0, 4.0]), "scale": torch.tensor(8.0, dtype=torch.float16)}, 1)
+    assert update_norm(moved, reference) == 7.0  # the root of 2*2 + 3*3 + 6*6
+    check(moved, reference, max_update_norm=7.0)
+    with pytest.raises(FederationError, match=r"client oslo: its update has norm 7, max_update_norm is 6\.99;"):
+        check(moved, reference, max_update_norm=6.99)
+
+
+def test_the_norm_of_an_update_does_not_overflow():
+    far = {"head": torch.tensor([3e38, 0.0])}
+    assert update_norm(Update("a", far, 1), {"head": -far["head"]}) == pytest.approx(6e38)
+
+
+def test_an_example_count_may_reach_the_cap_and_no_more():
+    check(update("oslo", [1.0, 1.0], examples=50), REFERENCE, max_examples=50)
+    with pytest.raises(FederationError, match=r"client oslo: its example count is 51, max_examples is 50;"):
+        check(update("oslo", [1.0, 1.0], examples=51), REFERENCE, max_examples=50)
+
+
+def test_answers_are_parted_by_the_bounds_too():
+    answers = {"a": update("a", [9.0, 0.0]), "b": update("b", [1.0, 0.0], examples=9), "c": update("c", [1.0, 0.0])}
+    updates, failures = sort_answers(answers, REFERENCE, max_update_norm=2.0, max_examples=5)
+    assert updates == [answers["c"]]
+    assert [failure.client for failure in failures] == ["a", "b"]
+
+
+def test_a_reason_that_many_clients_share_is_said_once():
+    failures = [Failure("a", "disk full"), Failure("b", "no data"), Failure("c", "disk full")]
+    assert list_reasons(failures) == "a, c: disk full; b: no data"
 
 
 @pytest.mark.parametrize(
@@ -196,11 +221,9 @@ def test_too_few_usable_answers_end_the_run_with_every_reason_said_once():
         ({"clients": ["a", "b", "a"]}, "distinct names"),
         ({"rounds": 0, "first_round": 0}, "first_round is 0"),
         ({"rounds": 3, "first_round": 5}, "first_round is 5, rounds is 3"),
-        ({"min_clients": 0}, "min_clients is 0"),
-        ({"min_clients": 3}, "min_clients is 3 of 2 clients"),
     ],
 )
 def test_a_plan_that_cannot_be_carried_out_is_refused(changes, reason):
-    plan = {"initial": REFERENCE, "clients": ["a", "b"], "rounds": 1, "first_round": 1, "min_clients": 1, **changes}
+    plan = {"initial": REFERENCE, "clients": ["a", "b"], "rounds": 1, "first_round": 1, **changes}
     with pytest.raises(FederationError, match=reason):
         check_plan(**plan)

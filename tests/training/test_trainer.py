@@ -97,6 +97,39 @@ def test_one_full_batch_step_equals_a_step_written_by_hand(backbone):
     assert differ(after, start) == {"head.rows", "head.bias", "head.log_scale"}
 
 
+def test_the_proximal_term_pulls_as_in_two_steps_written_by_hand(backbone):
+    # Independent of the trainer: autograd on the whole objective, cross-entropy + mu/2 ||theta - theta_0||^2.
+    config = toy_config(epochs=2, batch_size=99, rate=0.5, optimizer="sgd", max_gradient_norm=None, warmup=0.0)
+    retriever = toy_retriever(backbone, hold_unseen=False)
+    start = {name: tensor for name, tensor in retriever.trainable_state().items() if name.startswith("head.")}
+    vectors = retriever.encoder.encode([example.text for example in EXAMPLES[:8]])
+    gold = torch.tensor([CATALOGUE.row(example.doc_ids[0]) for example in EXAMPLES[:8]])
+    theta = {name: tensor.clone() for name, tensor in start.items()}
+    for rate in (0.5, 0.25):  # the cosine's first two values of two
+        moving = {name: tensor.clone().requires_grad_() for name, tensor in theta.items()}
+        scores = moving["head.log_scale"].exp() * vectors @ moving["head.rows"].T + moving["head.bias"]
+        far = sum((moving[name] - start[name]).square().sum() for name in moving)
+        loss = functional.cross_entropy(scores, gold)
+        gradients = torch.autograd.grad(loss + 3.0 / 2 * far, list(moving.values()))
+        theta = {name: theta[name] - rate * g for name, g in zip(moving, gradients, strict=True)}
+    history = fit(retriever, EXAMPLES[:8], "head", config, seed=0, proximal_mu=3.0)
+    after = retriever.trainable_state()
+    for name, tensor in theta.items():
+        torch.testing.assert_close(after[name], tensor, rtol=1e-5, atol=1e-6)
+    assert history[1].loss == pytest.approx(float(loss.detach()), abs=1e-5)  # without the proximal term
+    free = trained(backbone, "head", config, EXAMPLES[:8], head={"hold_unseen": False})
+    assert move(start, after, start) < 0.8 * move(start, free, start)
+
+
+@both_stages
+def test_a_proximal_term_of_zero_is_none_and_a_larger_one_holds_nearer(backbone, stage):
+    start = toy_retriever(backbone).trainable_state()
+    plain = trained(backbone, stage, toy_config())
+    assert_same_bits(trained(backbone, stage, toy_config(), proximal_mu=0.0), plain)
+    near, nearer = (trained(backbone, stage, toy_config(), proximal_mu=mu) for mu in (0.3, 30.0))
+    assert move(start, plain) > move(start, near) > move(start, nearer) > 0
+
+
 def test_class_weights_reach_the_loss(backbone):
     examples = [example for example in EXAMPLES if example.doc_ids == ("d0",)][:6]
     examples += [example for example in EXAMPLES if example.doc_ids == ("d1",)][:2]

@@ -121,6 +121,13 @@ def train(
         float | None, typer.Option(metavar="ALPHA", help="Deal each document's queries unevenly.")
     ] = None,
     rounds: Annotated[int | None, typer.Option(help="Rounds of averaging; the epochs are divided over them.")] = None,
+    clients_per_round: Annotated[int | None, typer.Option(help="Draw this many clients for each round.")] = None,
+    strategy: Annotated[
+        str | None,
+        typer.Option(
+            help="fedavg, fedprox, fedavgm, fedadam, fedyogi, median, trimmed_mean, krum, multi_krum or bulyan."
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same result.")] = None,
     documents: Annotated[
         str | None, typer.Option(metavar="FILE", help="Documents: doc_id, text, perhaps title, metadata.")
@@ -174,12 +181,16 @@ def train(
             "federation.column": partition_by,
             "federation.alpha": dirichlet,
             "federation.rounds": rounds,
+            "federation.clients_per_round": clients_per_round,
+            "federation.strategy": strategy,
             "evaluation.baselines": baselines,
         },
         last_stage={"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate},
     )
-    if rounds is not None and not settings.federation.clients and settings.federation.partition != "column":
-        raise typer.BadParameter("needs clients; give --clients or --partition-by", param_hint="--rounds")
+    if not settings.federation.clients and settings.federation.partition != "column":
+        of_clients = {"--rounds": rounds, "--clients-per-round": clients_per_round, "--strategy": strategy}
+        for option in (name for name, value in of_clients.items() if value is not None):
+            raise typer.BadParameter("needs clients; give --clients or --partition-by", param_hint=option)
     if print_config:
         if as_json:
             _print_json(settings.to_dict())

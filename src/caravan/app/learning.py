@@ -14,18 +14,21 @@ from typing import Any
 from torch import Tensor
 
 from caravan.app.comparison import rank_queries
+from caravan.app.standing import Standing
 from caravan.config import Config
 from caravan.data.dataset import Dataset
 from caravan.data.partition import Shard, partition
 from caravan.data.passages import document_passages
 from caravan.errors import ConfigError
+from caravan.federation.quorum import check_settings
 from caravan.federation.rounds import RoundReport, Update
+from caravan.federation.strategies import Strategy, proximal_mu
 from caravan.model.adapter import IdentityAdapter
 from caravan.model.backbone import Backbone, load_backbone
 from caravan.model.encoder import Encoder
 from caravan.model.retriever import Retriever
 from caravan.training.baselines import class_centroids, mips
-from caravan.training.checkpoint import Checkpoint, Snapshot
+from caravan.training.checkpoint import Checkpoint
 from caravan.training.evaluation import measure
 from caravan.training.features import FeatureStore, default_cache
 from caravan.training.inputs import encode_with_progress
@@ -112,17 +115,23 @@ class Experiment:
         """
         history: list[dict[str, Any]] = []
         rounds: list[dict[str, Any]] = []
+        kept: dict[str, int] = {}
         seconds = 0.0
         for stage in self.stages:
             started = time.perf_counter()
             if self.federated:
-                rounds.extend(self._federate(stage, self.shards))
+                standing = self._federate(stage, self.shards)
+                rounds.extend(standing.rounds)
+                kept[stage] = standing.kept[0]
             else:
                 history.extend(self._train(stage))
             seconds += time.perf_counter() - started
             if on_stage is not None:
                 on_stage(stage, self.retriever, seconds)
-        self.retriever.record = self._record(history, rounds, self.shards, seconds)
+        self.retriever.record = self._record(history, seconds)
+        if self.shards:
+            clients = [{"name": shard.name, "examples": len(shard.examples)} for shard in self.shards]
+            self.retriever.record["federation"] = {"clients": clients, "rounds": rounds, "kept_rounds": kept}
         return self.retriever
 
     def clear_checkpoint(self) -> None:
@@ -139,10 +148,13 @@ class Experiment:
             raise ConfigError(
                 'head.start = "centroids" would pool the clients\' queries; set it to "documents" or "auto"'
             )
+        if self.config.federation.keep == "best" and not self.dataset.validation:
+            raise ConfigError(
+                'federation.keep = "best" chooses by validation queries, and the data has none; give some '
+                '(data.validation, data.validation_fraction) or set it to "last"'
+            )
         shards = partition(self.dataset.train, self.config.federation, seed=self.config.seed)
-        needed = self.config.federation.min_clients
-        if needed > len(shards):
-            raise ConfigError(f"federation.min_clients is {needed}, there are {len(shards)} clients; lower it")
+        check_settings(self.config.federation, len(shards))
         return shards
 
     def _clear_snapshots(self) -> None:
@@ -172,23 +184,25 @@ class Experiment:
         )
         return [asdict(record) for record in records]
 
-    def _federate(self, stage: Stage, shards: Sequence[Shard]) -> list[dict[str, Any]]:
+    def _federate(self, stage: Stage, shards: Sequence[Shard]) -> Standing:
         from caravan.federation.flower import run_federation
 
         settings, federation = getattr(self.config.training, stage), self.config.federation
-        if not settings.epochs:
-            return []
         rounds = min(federation.rounds, settings.epochs)
         shard_of = {shard.name: (number, shard) for number, shard in enumerate(shards)}
         names = [
             name for name, _ in self.retriever.named_trainables() if stage == "adapter" or name.startswith("head.")
         ]
         state = self.retriever.trainable_state()
-        tensors, reports, first_round = {name: state[name] for name in names}, [], 1
+        standing = Standing({name: state[name] for name in names})
+        if not rounds:
+            return standing
         snapshots = self._snapshots(stage)
         snapshot = snapshots.load() if snapshots is not None else None
         if snapshot is not None:
-            tensors, reports, first_round = snapshot.tensors, snapshot.values["rounds"], snapshot.values["round"] + 1
+            standing = Standing.from_snapshot(snapshot)
+        strategy = Strategy(federation)
+        strategy.restore(standing.server)
 
         def local_train(client: str, received: dict[str, Tensor], number: int) -> Update:
             place, shard = shard_of[client]
@@ -203,28 +217,34 @@ class Experiment:
                 epochs=range((number - 1) * settings.epochs // rounds, number * settings.epochs // rounds),
                 store=self.store,
                 report=prefixed(self.report, f"round {number}/{rounds}, {client}: "),
+                proximal_mu=proximal_mu(federation),
             )
             trained = self.retriever.trainable_state()
             return Update(client, {name: trained[name] for name in names}, examples=len(shard.examples))
 
         def on_round(report: RoundReport, averaged: dict[str, Tensor]) -> None:
             self.retriever.load_trainable_state(averaged, partial=True)
-            reports.append({"stage": stage, **asdict(report), "validation_recall": self._validation_recall()})
+            recall = self._validation_recall()
+            standing.tensors, standing.server, standing.round = averaged, strategy.state(), report.round
+            standing.rounds.append({"stage": stage, **asdict(report), "validation_recall": recall})
+            if federation.keep == "best" and recall is not None:
+                standing.offer(recall)
             if snapshots is not None:
-                snapshots.save(Snapshot(averaged, {"round": report.round, "rounds": reports}))
+                snapshots.save(standing.snapshot())
 
-        averaged = run_federation(
-            tensors,
+        run_federation(
+            standing.tensors,
             list(shard_of),
             local_train,
             rounds=rounds,
-            first_round=first_round,
-            min_clients=federation.min_clients,
-            backend=federation.backend,
+            settings=federation,
+            seed=self.config.seed,
+            first_round=standing.round + 1,
+            strategy=strategy,
             on_round=on_round,
         )
-        self.retriever.load_trainable_state(averaged, partial=True)
-        return reports
+        self.retriever.load_trainable_state(standing.kept[1], partial=True)
+        return standing
 
     def _validation_recall(self) -> float | None:
         if not self.dataset.validation:
@@ -281,13 +301,11 @@ class Experiment:
                 digest.update(json.dumps([example.text, example.doc_ids, dict(example.columns)]).encode())
         return digest.hexdigest()
 
-    def _record(
-        self, history: list[dict[str, Any]], rounds: list[dict[str, Any]], shards: Sequence[Shard], seconds: float
-    ) -> dict[str, Any]:
+    def _record(self, history: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
         dataset = self.dataset
         sizes = {"train": len(dataset.train), "validation": len(dataset.validation), "test": len(dataset.test)}
         sizes["passages"] = len(self.passages)
-        record: dict[str, Any] = {
+        return {
             "config": self.config.to_dict(),
             "dataset": {"name": dataset.name, "documents": len(dataset.catalogue), **sizes, "skipped": dataset.skipped},
             "history": history,
@@ -296,10 +314,6 @@ class Experiment:
             "versions": {"python": platform.python_version(), **_installed(_VERSIONS)},
             "privacy": _NO_PRIVACY,
         }
-        if shards:
-            clients = [{"name": shard.name, "examples": len(shard.examples)} for shard in shards]
-            record["federation"] = {"clients": clients, "rounds": rounds}
-        return record
 
 
 def train(

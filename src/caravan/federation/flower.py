@@ -1,30 +1,28 @@
-"""The one place that knows Flower: its ServerApp, ClientApp and FedAvg strategy around `rounds`, in process or on Ray.
-
-In process, Flower's apps talk over a `Grid` (its interface to the network) that runs each client in the calling thread:
-same messages, same strategy, but no threads and no polling, so the order is fixed and Ctrl-C stops a client at once.
-"""
+"""A federated run on Flower: its ServerApp, ClientApp and round loop around `rounds`, `quorum` and `strategies`."""
 
 import importlib
 import importlib.util
 import logging
 import os
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, cast
-from uuid import uuid4
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
+from caravan.config import FederationConfig
 from caravan.errors import FederationError
-from caravan.federation.rounds import Failure, RoundReport, Update, check_plan, close_round
+from caravan.federation.quorum import check_settings, quorum, sample, sample_again
+from caravan.federation.rounds import Failure, RoundReport, Update, check_plan, list_reasons, one_line, sort_answers
+from caravan.federation.simulation import run_in_process, run_on_ray
+from caravan.federation.strategies import Strategy
 
 if TYPE_CHECKING:
-    from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict, UserConfig
+    from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
     from flwr.clientapp import ClientApp
     from flwr.serverapp import Grid, ServerApp
 
@@ -33,7 +31,6 @@ __all__ = ["Failure", "RoundReport", "run_federation"]
 _EXAMPLES = "num-examples"  # where Flower's own strategies look for a client's weight
 _MESSAGE_SECONDS = 30 * 24 * 3600.0  # Flower drops a message after 12 hours, less than a long round on one machine
 _CONNECT_SECONDS = 60.0  # virtual nodes register in milliseconds; stock Flower would wait for them forever
-_REASON_CHARACTERS = 300  # enough for a path and a cause; a client must not be able to flood the terminal
 
 _log = logging.getLogger(__name__)
 
@@ -47,47 +44,78 @@ def run_federation(
     local_train: LocalTrain,
     *,
     rounds: int,
+    settings: FederationConfig | None = None,
+    seed: int = 0,
     first_round: int = 1,
-    min_clients: int = 1,
-    backend: Literal["inprocess", "ray"] = "inprocess",
+    strategy: Strategy | None = None,
     on_round: OnRound | None = None,
 ) -> dict[str, Tensor]:
-    """Train on clients that keep their data, round by round, and average what they send (arXiv:1602.05629).
+    """Train on clients that keep their data, round by round, and join what they send (FedAvg; arXiv:1602.05629).
 
-    A client that raises, or whose update `rounds.check` refuses, is reported and the round goes on with the others.
+    A client that raises, or whose update `rounds.check` refuses, is reported and the round goes on with the others. A
+    round that misses its quorum keeps what it has and asks again, `settings.round_retries` times.
 
     Args:
         initial: the global tensors to start from: float64, float32 or float16, on any device, finite.
         clients: their names, distinct; Flower's partition i is `clients[i]`.
         local_train: called with a client's name, its own CPU copy of the global tensors and the round (1 is the first);
-            returns the client's update. With "ray" it runs in other processes and must be picklable.
-        rounds: the last round's number, counted from 1.
+            returns the client's update. With the backend "ray" it runs in other processes and must be picklable.
+        rounds: the last round's number, counted from 1; `settings.rounds` is not looked at.
+        settings: the defaults if None. Those of the partition are not looked at.
+        seed: of the draw of clients, where `settings.clients_per_round` asks for one.
         first_round: where to go on, with `initial` as it stood after the round before; `rounds + 1` has nothing to do.
-        min_clients: usable updates that a round needs.
-        backend: "inprocess" runs the clients one after another in the calling thread; "ray" in parallel processes.
-        on_round: called after each averaged round with its report and a copy of the new global tensors; what it raises
-            ends the run.
+        strategy: made of the same settings, for callers that read its state in `on_round` or have restored it.
+        on_round: called after each round with its report and a copy of the new global tensors; what it raises ends the
+            run.
 
     Returns:
         The global tensors after the last round, on the CPU.
 
     Raises:
-        FederationError: a setting contradicts another, Flower or Ray is missing, or a round had fewer usable updates
-            than `min_clients` (the message lists every client's reason).
+        ConfigError: no round of so many clients could meet the settings.
+        FederationError: an argument contradicts another, Flower or Ray is missing, or a round had fewer usable updates
+            than it needs (the message lists every client's reason).
     """
+    settings = settings or FederationConfig()
+    strategy = strategy or Strategy(settings)
     tensors = {name: tensor.detach().cpu().clone() for name, tensor in initial.items()}
-    check_plan(tensors, clients, rounds=rounds, first_round=first_round, min_clients=min_clients)
+    check_plan(tensors, clients, rounds=rounds, first_round=first_round)
+    check_settings(settings, len(clients))
     if first_round > rounds:
         return tensors
-    _import_flower(backend)
+    _import_flower(settings.backend)
     with _quiet_flower():
-        server = _Server(tensors, clients, first_round, min_clients, on_round)
-        client_app = _client_app(tuple(clients), local_train)
-        if backend == "inprocess":
-            _run_in_process(server, client_app, len(clients), rounds - first_round + 1)
-        else:
-            _run_on_ray(server, client_app, len(clients), rounds - first_round + 1)
+        server = _Server(tensors, clients, settings, strategy, seed, first_round, on_round)
+        run = run_in_process if settings.backend == "inprocess" else run_on_ray
+        run(_server_app(server, rounds - first_round + 1), _client_app(tuple(clients), local_train), len(clients))
     return server.tensors
+
+
+@dataclass
+class _Round:
+    """A round under way: who was asked, and what came back so far.
+
+    Attributes:
+        content: what every client gets.
+        asked: clients in the order they were asked.
+        waiting: those of the latest attempt.
+        updates: what can be used.
+        failures: why the others cannot, by client.
+        retried: failures after which the round went on to another attempt.
+        attempt: 0 at first.
+    """
+
+    number: int
+    content: "RecordDict"
+    started: float
+    asked: list[str] = field(default_factory=list)
+    waiting: list[str] = field(default_factory=list)
+    updates: dict[str, Update] = field(default_factory=dict)
+    failures: dict[str, Failure] = field(default_factory=dict)
+    retried: list[Failure] = field(default_factory=list)
+    attempt: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
 
 
 @dataclass
@@ -96,45 +124,112 @@ class _Server:
 
     tensors: dict[str, Tensor]
     clients: Sequence[str]
+    settings: FederationConfig
+    strategy: Strategy
+    seed: int
     first_round: int
-    min_clients: int
     on_round: OnRound | None
     names: dict[int, str] = field(default_factory=dict)  # Flower's node id -> client
-    started: float = 0.0
-    bytes_down: int = 0
+    round: _Round | None = None
 
-    def messages(self, server_round: int, arrays: "ArrayRecord", grid: "Grid") -> list["Message"]:
-        """The messages that start a round, one to every client, in the clients' order."""
-        from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+    @property
+    def seconds(self) -> float:
+        """How long the clients of a round have; what comes later is dropped, and what was not begun by then too."""
+        return self.settings.round_seconds or _MESSAGE_SECONDS
+
+    def open_round(self, server_round: int, arrays: "ArrayRecord", grid: "Grid") -> list["Message"]:
+        """Begin a round; give the messages that start it, in the clients' order."""
+        from flwr.app import ConfigRecord, RecordDict
 
         if not self.names:
             self.names = _meet(grid, self.clients)
-        config = ConfigRecord({"round": self.first_round + server_round - 1})
-        content = RecordDict({"arrays": arrays, "config": config})
-        self.started = time.perf_counter()
-        self.bytes_down = _content_bytes(content) * len(self.names)
-        return [Message(content, node, MessageType.TRAIN, ttl=_MESSAGE_SECONDS) for node in self.names]
-
-    def aggregate(self, server_round: int, replies: Iterable["Message"]) -> "ArrayRecord":
-        """Check and average what came back, report it, and return the new global tensors in Flower's form."""
         number = self.first_round + server_round - 1
-        received = {self.names[reply.metadata.src_node_id]: reply for reply in replies}
-        answers = {client: _decode_answer(client, received.get(client)) for client in self.clients}
-        self.tensors, updates, failures = close_round(number, answers, self.tensors, min_clients=self.min_clients)
+        content = RecordDict({"arrays": arrays, "config": ConfigRecord({"round": number})})
+        self.round = _Round(number, content, time.perf_counter())
+        return self._ask(self.round, sample(self.clients, self.settings, seed=self.seed, number=number))
+
+    def close_round(self, replies: Iterable["Message"], grid: "Grid") -> "ArrayRecord":
+        """Check what came back, ask again if it is too little, report it, and return the new global tensors."""
+        under_way, self.round = self.round, None
+        assert under_way is not None
+        self._take(under_way, replies)
+        needed, reason = quorum(self.settings)
+        while len(under_way.updates) < needed:
+            if under_way.attempt == self.settings.round_retries:
+                raise self._missed(under_way, reason)
+            messages = self._ask_again(under_way)
+            self._take(under_way, grid.send_and_receive(messages, timeout=self.seconds))
+        updates = [under_way.updates[client] for client in self.clients if client in under_way.updates]
+        self.tensors = self.strategy.combine(under_way.number, updates, self.tensors)
         arrays = _encode(self.tensors)
         report = RoundReport(
-            round=number,
+            round=under_way.number,
+            asked=tuple(client for client in self.clients if client in under_way.asked),
             clients=tuple(update.client for update in updates),
             examples=tuple(update.examples for update in updates),
             metrics=tuple(update.metrics for update in updates),
-            failures=failures,
-            bytes_up=sum(_content_bytes(reply.content) for reply in received.values() if reply.has_content()),
-            bytes_down=self.bytes_down,
-            seconds=time.perf_counter() - self.started,
+            failures=tuple(under_way.failures[client] for client in self.clients if client in under_way.failures),
+            retried=tuple(under_way.retried),
+            bytes_up=under_way.bytes_up,
+            bytes_down=under_way.bytes_down,
+            seconds=time.perf_counter() - under_way.started,
         )
         if self.on_round is not None:
             self.on_round(report, {name: tensor.clone() for name, tensor in self.tensors.items()})
         return arrays
+
+    def _ask(self, under_way: _Round, clients: list[str]) -> list["Message"]:
+        from flwr.app import Message, MessageType
+
+        under_way.waiting = clients
+        under_way.asked += [client for client in clients if client not in under_way.asked]
+        under_way.bytes_down += _content_bytes(under_way.content) * len(clients)
+        return [
+            Message(under_way.content, node, MessageType.TRAIN, ttl=self.seconds)
+            for node, client in self.names.items()
+            if client in clients
+        ]
+
+    def _ask_again(self, under_way: _Round) -> list["Message"]:
+        under_way.attempt += 1
+        under_way.retried += [failure for failure in under_way.failures.values() if failure not in under_way.retried]
+        clients = sample_again(
+            self.clients,
+            under_way.asked,
+            under_way.failures,
+            seed=self.seed,
+            number=under_way.number,
+            attempt=under_way.attempt,
+        )
+        return self._ask(under_way, clients)
+
+    def _take(self, under_way: _Round, replies: Iterable["Message"]) -> None:
+        received = {self.names[reply.metadata.src_node_id]: reply for reply in replies}
+        answers = {client: self._answer(client, received.get(client)) for client in under_way.waiting}
+        updates, failures = sort_answers(
+            answers,
+            self.tensors,
+            max_update_norm=self.settings.max_update_norm,
+            max_examples=self.settings.max_examples,
+        )
+        for update in updates:
+            under_way.updates[update.client] = update
+            under_way.failures.pop(update.client, None)
+        under_way.failures |= {failure.client: failure for failure in failures}
+        under_way.bytes_up += sum(_content_bytes(reply.content) for reply in received.values() if reply.has_content())
+
+    def _answer(self, client: str, reply: "Message | None") -> Update | str:
+        if reply is None and self.settings.round_seconds is not None:
+            return f"it did not answer in round_seconds = {self.settings.round_seconds:g}"
+        return _decode_answer(client, reply)
+
+    def _missed(self, under_way: _Round, reason: str) -> FederationError:
+        attempts = f" in {under_way.attempt + 1} attempts" if under_way.attempt else ""
+        failures = [under_way.failures[client] for client in self.clients if client in under_way.failures]
+        return FederationError(
+            f"round {under_way.number}: {len(under_way.updates)} of {len(under_way.asked)} clients sent a usable "
+            f"update{attempts}, {reason} ({list_reasons(failures)}); repair those clients or ask less of a round"
+        )
 
 
 def _client_app(clients: tuple[str, ...], local_train: LocalTrain) -> "ClientApp":
@@ -157,7 +252,7 @@ def _client_app(clients: tuple[str, ...], local_train: LocalTrain) -> "ClientApp
         except Exception as error:
             # Caught here, not by the engine: Flower's error replies lose the exception's type on the way.
             _log.debug("client %s failed", client, exc_info=True)
-            reason = _one_line(f"{type(error).__name__}: {error}")
+            reason = one_line(f"{type(error).__name__}: {error}")
             content = RecordDict({"config": ConfigRecord({"failure": reason})})
         return Message(content, reply_to=message)
 
@@ -168,125 +263,30 @@ def _server_app(server: _Server, rounds: int) -> "ServerApp":
     from flwr.serverapp import ServerApp
     from flwr.serverapp.strategy import FedAvg
 
-    class CheckedFedAvg(FedAvg):
-        """Flower's FedAvg with every client in a fixed order, and `rounds` to check and to average."""
+    class CheckedRounds(FedAvg):
+        """Flower's loop over rounds, with our sampling, checks, quorum and strategies."""
+
+        grid: "Grid"
 
         def configure_train(
             self, server_round: int, arrays: "ArrayRecord", config: "ConfigRecord", grid: "Grid"
         ) -> Iterable["Message"]:
-            return server.messages(server_round, arrays, grid)
+            self.grid = grid
+            return server.open_round(server_round, arrays, grid)
 
         def aggregate_train(
             self, server_round: int, replies: Iterable["Message"]
         ) -> tuple["ArrayRecord | None", "MetricRecord | None"]:
-            return server.aggregate(server_round, replies), None
+            return server.close_round(replies, self.grid), None
 
     app = ServerApp()
 
     @app.main()
     def main(grid: "Grid", context: "Context") -> None:
-        strategy = CheckedFedAvg(fraction_evaluate=0.0)  # the server validates in on_round; clients are not asked
-        strategy.start(grid=grid, initial_arrays=_encode(server.tensors), num_rounds=rounds)
+        strategy = CheckedRounds(fraction_evaluate=0.0)  # the server validates in on_round; clients are not asked
+        strategy.start(grid=grid, initial_arrays=_encode(server.tensors), num_rounds=rounds, timeout=server.seconds)
 
     return app
-
-
-def _run_in_process(server: _Server, client_app: "ClientApp", clients: int, rounds: int) -> None:
-    from flwr.app import Context, Message, RecordDict
-    from flwr.serverapp import Grid
-    from flwr.supercore.run import Run
-    from flwr.supercore.task_identity import TaskIdentity
-
-    # Flower's runtimes set this in every process they start; a Message is stamped with it.
-    TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
-
-    def context_of(node: int, node_config: "UserConfig") -> Context:  # node 1 is the server
-        return Context(run_id=1, node_id=node, node_config=node_config, state=RecordDict(), run_config={})
-
-    class InProcessGrid(Grid):
-        """A network of nodes that answer a message while it is sent, one after another, in the calling thread."""
-
-        def __init__(self) -> None:
-            self._run = Run.create_empty(run_id=1)
-            self._replies: dict[str, Message] = {}
-            self._contexts = {
-                2 + partition: context_of(2 + partition, {"partition-id": partition, "num-partitions": clients})
-                for partition in range(clients)
-            }
-
-        def set_run(self, run: Run) -> None:
-            self._run = run
-
-        @property
-        def run(self) -> Run:
-            return self._run
-
-        def create_message(
-            self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-        ) -> Message:
-            return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
-
-        def get_node_ids(self) -> Iterable[int]:
-            return list(self._contexts)
-
-        def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-            pushed = []
-            for message in messages:
-                pushed.append(uuid4().hex)
-                self._replies[pushed[-1]] = client_app(message, self._contexts[message.metadata.dst_node_id])
-            return pushed
-
-        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-            return [self._replies.pop(message_id) for message_id in message_ids if message_id in self._replies]
-
-        def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-            return self.pull_messages(self.push_messages(messages))
-
-    _server_app(server, rounds)(InProcessGrid(), context_of(1, {}))
-
-
-def _run_on_ray(server: _Server, client_app: "ClientApp", clients: int, rounds: int) -> None:
-    from flwr.serverapp import ServerApp
-    from flwr.simulation import run_simulation
-
-    inner, outer = _server_app(server, rounds), ServerApp()
-    ended = threading.Event()
-    errors: list[Exception] = []
-
-    @outer.main()
-    def main(grid: "Grid", context: "Context") -> None:
-        pull = grid.pull_messages
-
-        def pull_while_running(message_ids: Iterable[str]) -> Iterable["Message"]:
-            # Stock Flower waits for replies for ever when its simulation has died.
-            if ended.is_set():
-                raise FederationError("Flower's simulation ended before the round was over; start the run again")
-            return pull(message_ids)
-
-        grid.pull_messages = pull_while_running
-        try:
-            inner(grid, context)
-        except Exception as error:  # raised below: on its way through the simulation it would cost seconds
-            errors.append(error)
-
-    try:
-        run_simulation(
-            outer,
-            client_app,
-            num_supernodes=clients,
-            backend_config={
-                "init_args": {"logging_level": "ERROR", "log_to_driver": False},
-                "client_resources": {"num_cpus": 1, "num_gpus": 0.0},  # Flower's own 2 would leave one core unused
-            },
-        )
-    except Exception as error:
-        raise FederationError(
-            f'Flower\'s simulation on Ray failed: {_one_line(str(error.__cause__ or error))}; try backend = "inprocess"'
-        ) from error
-    finally:
-        ended.set()
-    if errors:
-        raise errors[0]
 
 
 def _meet(grid: "Grid", clients: Sequence[str]) -> dict[int, str]:
@@ -302,7 +302,7 @@ def _meet(grid: "Grid", clients: Sequence[str]) -> dict[int, str]:
     names: dict[int, str] = {}
     for reply in grid.send_and_receive(questions):
         if reply.has_error():
-            raise FederationError(f"a client's process does not start: {_one_line(str(reply.error.reason))}; repair it")
+            raise FederationError(f"a client's process does not start: {one_line(str(reply.error.reason))}; repair it")
         names[reply.metadata.src_node_id] = str(reply.content.config_records["config"]["client"])
     return dict(sorted(names.items(), key=lambda item: clients.index(item[1])))
 
@@ -337,15 +337,15 @@ def _decode_answer(client: str, reply: "Message | None") -> Update | str:
     if reply is None:
         return "it did not answer"
     if reply.has_error():
-        return _one_line(str(reply.error.reason))
+        return one_line(str(reply.error.reason))
     try:
         if "config" in reply.content.config_records:
-            return _one_line(str(reply.content.config_records["config"]["failure"]))
+            return one_line(str(reply.content.config_records["config"]["failure"]))
         metrics = dict(reply.content.metric_records["metrics"])
         examples = cast(int, metrics.pop(_EXAMPLES))
         return Update(client, _decode(reply.content.array_records["arrays"]), examples, cast(dict[str, float], metrics))
     except Exception as error:  # whatever a client sends, it must not end the run of the others
-        return _one_line(f"its reply cannot be read: {type(error).__name__}: {error}")
+        return one_line(f"its reply cannot be read: {type(error).__name__}: {error}")
 
 
 def _content_bytes(content: "RecordDict") -> int:
@@ -354,8 +354,6 @@ def _content_bytes(content: "RecordDict") -> int:
 
 def _import_flower(backend: str) -> None:
     """Load Flower before anything of a run exists, so that its absence is the first thing said."""
-    if backend not in ("inprocess", "ray"):
-        raise FederationError(f'backend is {backend!r}; it must be "inprocess" or "ray"')
     # Flower reads these once, while it loads. A user's own setting stands.
     for variable, value in {
         "FLWR_TELEMETRY_ENABLED": "0",
@@ -389,8 +387,3 @@ def _quiet_flower() -> Iterator[None]:
         yield
     finally:
         logger.disabled = before
-
-
-def _one_line(text: str) -> str:
-    line = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
-    return line if len(line) <= _REASON_CHARACTERS else f"{line[: _REASON_CHARACTERS - 3]}..."

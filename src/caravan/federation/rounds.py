@@ -1,6 +1,7 @@
 """One round without an engine: what a client sends, whether it may be used, and the average of what may."""
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -11,6 +12,7 @@ from caravan.errors import FederationError
 
 _DTYPES = (torch.float64, torch.float32, torch.float16)  # those NumPy has too; bfloat16 it has not
 _MOST_EXAMPLES = 2**53  # beyond it float64 no longer holds every whole number
+_REASON_CHARACTERS = 300  # enough for a path and a cause; a client must not be able to flood the terminal
 
 
 @dataclass(frozen=True)
@@ -49,37 +51,54 @@ class RoundReport:
 
     Attributes:
         round: its number, 1 for the first.
-        clients: names of the clients whose updates were averaged, in the order given to `run_federation`.
+        asked: names of the clients that were asked to train, in the order given to `run_federation`.
+        clients: those whose updates were used, in the same order.
         examples: their example counts, in the same order.
         metrics: what they reported, in the same order.
-        failures: clients that raised, did not answer or were refused, in that order too.
+        failures: those that in the end raised, did not answer or were refused, in that order too.
+        retried: failures after which the round, short of its quorum, asked these or other clients again.
         bytes_up: bytes of the tensors as received from all clients (NumPy's .npy format), refused ones included.
         bytes_down: bytes of the tensors as sent to all clients.
         seconds: wall-clock time from sending to averaged.
     """
 
     round: int
+    asked: tuple[str, ...]
     clients: tuple[str, ...]
     examples: tuple[int, ...]
     metrics: tuple[dict[str, float], ...]
     failures: tuple[Failure, ...]
+    retried: tuple[Failure, ...]
     bytes_up: int
     bytes_down: int
     seconds: float
 
 
-def check(update: Update, reference: Mapping[str, Tensor]) -> None:
-    """Refuse an update that must not be averaged into the global tensors.
+def check(
+    update: Update,
+    reference: Mapping[str, Tensor],
+    *,
+    max_update_norm: float | None = None,
+    max_examples: int | None = None,
+) -> None:
+    """Refuse an update that must not enter the global tensors.
 
     Args:
         update: what the client sent.
-        reference: the global tensors, any shapes; only names, shapes and dtypes are looked at.
+        reference: the global tensors the round began with, any shapes.
+        max_update_norm: largest L2 norm of the update less the reference, over all tensors together; None: no bound.
+        max_examples: largest example count; None: no bound.
 
     Raises:
-        FederationError: it has other names, shapes or dtypes than the reference, holds a number that is not finite, or
-            counts fewer than 1 example; the message names the client, the tensor and the reason.
+        FederationError: it has other names, shapes or dtypes than the reference, holds a number that is not finite,
+            counts fewer than 1 or too many examples, or is too far from the reference; the message names the client
+            and the reason.
     """
     _check_form(update, reference)
+    if max_examples is not None and update.examples > max_examples:
+        raise _refused(
+            update, f"its example count is {update.examples}, max_examples is {max_examples}; correct one of them"
+        )
     for name, tensor in update.tensors.items():
         finite = torch.isfinite(tensor)
         if not bool(finite.all()):
@@ -87,6 +106,16 @@ def check(update: Update, reference: Mapping[str, Tensor]) -> None:
             raise _refused(
                 update, f"{bad} of {tensor.numel()} values of tensor {name} are not finite; lower its learning rate"
             )
+    if max_update_norm is not None and (norm := update_norm(update, reference)) > max_update_norm:
+        raise _refused(
+            update, f"its update has norm {norm:.4g}, max_update_norm is {max_update_norm:g}; lower its learning rate"
+        )
+
+
+def update_norm(update: Update, reference: Mapping[str, Tensor]) -> float:
+    """Give the L2 norm of what an update changes in the reference, over all tensors together, in float64."""
+    changes = (update.tensors[name].detach().double() - tensor.double() for name, tensor in reference.items())
+    return math.hypot(*(float(torch.linalg.vector_norm(change)) for change in changes))
 
 
 def average(updates: Sequence[Update]) -> dict[str, Tensor]:
@@ -128,23 +157,23 @@ def average(updates: Sequence[Update]) -> dict[str, Tensor]:
     return averaged
 
 
-def close_round(
-    number: int, answers: Mapping[str, Update | str], reference: Mapping[str, Tensor], *, min_clients: int
-) -> tuple[dict[str, Tensor], tuple[Update, ...], tuple[Failure, ...]]:
-    """Average what is usable of a round's answers.
+def sort_answers(
+    answers: Mapping[str, Update | str],
+    reference: Mapping[str, Tensor],
+    *,
+    max_update_norm: float | None = None,
+    max_examples: int | None = None,
+) -> tuple[list[Update], list[Failure]]:
+    """Part what is usable of a round's answers from what is not.
 
     Args:
-        number: the round, for messages.
         answers: for each client its update, or one line that says why there is none.
         reference: the global tensors the round began with.
-        min_clients: usable updates that are needed, at least 1.
+        max_update_norm: see `check`.
+        max_examples: see `check`.
 
     Returns:
-        The new global tensors, the updates they average, and the clients that are not among them; both in the order of
-        the answers.
-
-    Raises:
-        FederationError: fewer updates are usable than are needed; the message lists every reason.
+        The updates that passed, and the clients that sent none; both in the order of the answers.
     """
     updates: list[Update] = []
     failures: list[Failure] = []
@@ -153,27 +182,28 @@ def close_round(
             failures.append(Failure(client, answer))
             continue
         try:
-            check(answer, reference)
+            check(answer, reference, max_update_norm=max_update_norm, max_examples=max_examples)
         except FederationError as error:
             failures.append(Failure(client, str(error).removeprefix(_prefix(answer))))
         else:
             updates.append(answer)
-    if len(updates) < min_clients:
-        raise FederationError(
-            f"round {number}: {len(updates)} of {len(answers)} clients sent a usable update, "
-            f"min_clients is {min_clients} ({_list(failures)}); repair those clients or lower min_clients"
-        )
-    return average(updates), tuple(updates), tuple(failures)
+    return updates, failures
 
 
-def check_plan(
-    initial: Mapping[str, Tensor], clients: Sequence[str], *, rounds: int, first_round: int, min_clients: int
-) -> None:
+def list_reasons(failures: Sequence[Failure]) -> str:
+    """Say every failure in one line, clients with the same reason together."""
+    clients_by_reason: dict[str, list[str]] = {}
+    for failure in failures:
+        clients_by_reason.setdefault(failure.reason, []).append(failure.client)
+    return "; ".join(f"{', '.join(clients)}: {reason}" for reason, clients in clients_by_reason.items())
+
+
+def check_plan(initial: Mapping[str, Tensor], clients: Sequence[str], *, rounds: int, first_round: int) -> None:
     """Refuse a federated run that could not be carried out.
 
     Raises:
         FederationError: there is no tensor, or one that cannot be sent and averaged; the clients are none or not
-            distinct; a number is out of range.
+            distinct; a round's number is out of range.
     """
     if not initial:
         raise FederationError("there are no tensors to train; a federated run needs an adapter or a head")
@@ -186,10 +216,12 @@ def check_plan(
         raise FederationError(f"a federated run needs one or more clients of distinct names, got {list(clients)}")
     if not 1 <= first_round <= rounds + 1:
         raise FederationError(f"first_round is {first_round}, rounds is {rounds}; it must be from 1 to rounds + 1")
-    if not 1 <= min_clients <= len(clients):
-        raise FederationError(
-            f"min_clients is {min_clients} of {len(clients)} clients; it must be from 1 to their number"
-        )
+
+
+def one_line(text: str) -> str:
+    """Make one short printable line of whatever a client or an engine says."""
+    line = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+    return line if len(line) <= _REASON_CHARACTERS else f"{line[: _REASON_CHARACTERS - 3]}..."
 
 
 def _check_form(update: Update, reference: Mapping[str, Tensor]) -> None:
@@ -220,13 +252,6 @@ def _refused(update: Update, reason: str) -> FederationError:
 
 def _prefix(update: Update) -> str:
     return f"client {update.client}: "
-
-
-def _list(failures: Sequence[Failure]) -> str:
-    clients_by_reason: dict[str, list[str]] = {}
-    for failure in failures:
-        clients_by_reason.setdefault(failure.reason, []).append(failure.client)
-    return "; ".join(f"{', '.join(clients)}: {reason}" for reason, clients in clients_by_reason.items())
 
 
 def _names(names: Iterable[str]) -> str:

@@ -59,6 +59,7 @@ def fit(
     store: FeatureStore | None = None,
     report: Report | None = None,
     checkpoint: Checkpoint | None = None,
+    proximal_mu: float = 0.0,
 ) -> list[EpochRecord]:
     """Train a retriever in place on one machine's examples (cross-entropy over documents; arXiv:2509.16508, eq. 4).
 
@@ -80,6 +81,8 @@ def fit(
         store: where vectors are kept; nowhere if None.
         report: called after every step, and while vectors are computed.
         checkpoint: where to save every `config.checkpoint_seconds`; a snapshot found there is taken up.
+        proximal_mu: adds mu/2 ||theta - theta_0||^2 to what is minimised, theta_0 being the retriever as it was given
+            (FedProx; arXiv:1812.06127, eq. 2); the losses that are reported are without it.
 
     Returns:
         One record an epoch, of this call and of the snapshot it took up.
@@ -101,7 +104,7 @@ def fit(
         )
     # Whatever can be refused is refused before the long work of encoding.
     snapshot = checkpoint.load() if checkpoint else None
-    training = _Fit(retriever, examples, passages, stage, config, seed, epochs, validation, report)
+    training = _Fit(retriever, examples, passages, stage, config, seed, epochs, validation, report, proximal_mu)
     if checkpoint and snapshot:
         training.restore(checkpoint, snapshot)
     training.prepare(store or FeatureStore())
@@ -128,6 +131,7 @@ class _Fit:
         epochs: range,
         validation: Sequence[Example],
         report: Report | None,
+        proximal_mu: float,
     ) -> None:
         self.retriever, self.stage, self.config, self.seed = retriever, stage, config, seed
         self.settings: HeadStageConfig | AdapterStageConfig = config.head if stage == "head" else config.adapter
@@ -146,6 +150,10 @@ class _Fit:
             name: parameter
             for name, parameter in retriever.named_trainables()
             if stage == "adapter" or name.startswith("head.")
+        }
+        self.proximal_mu = proximal_mu
+        self.anchors = {
+            name: parameter.detach().clone() for name, parameter in self.parameters.items() if proximal_mu > 0
         }
         self.optimizer = make_optimizer(self.parameters, self.settings, config.optimizer)
         self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
@@ -205,6 +213,7 @@ class _Fit:
         loss = sum(self._accumulate(batch, count, noise) for batch in batches)
         if not math.isfinite(loss):
             raise self._diverged(f"the loss is {loss}")
+        self._pull_to_anchors()
         if self.held is not None:
             self.held.drop_gradients()
         if self.config.max_gradient_norm is not None:
@@ -226,6 +235,14 @@ class _Fit:
         loss = self.targets.loss(scores, batch, self.settings.label_smoothing) * (len(batch) / count)
         loss.backward()
         return float(loss.detach())
+
+    @torch.no_grad()
+    def _pull_to_anchors(self) -> None:
+        """Add the gradient of the proximal term."""
+        for name, anchor in self.anchors.items():
+            parameter = self.parameters[name]
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter - anchor, alpha=self.proximal_mu)
 
     def _close_epoch(self) -> None:
         if not all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters.values()):
