@@ -371,6 +371,7 @@ def test_the_record_is_plain_json_and_says_how_it_came_about(settings, prepare, 
         "train": 48,
         "validation": 20,
         "test": 30,
+        "passages": 0,
         "skipped": 3,
     }
     assert record["seed"] == 13
