@@ -18,6 +18,7 @@ from caravan.config import Config
 from caravan.data.dataset import Dataset
 from caravan.data.partition import Shard, partition
 from caravan.errors import ConfigError
+from caravan.federation.local import Part, train_client, trained_names
 from caravan.federation.rounds import RoundReport, Update
 from caravan.model.adapter import IdentityAdapter
 from caravan.model.backbone import Backbone, load_backbone
@@ -28,12 +29,14 @@ from caravan.training.checkpoint import Checkpoint, Snapshot
 from caravan.training.evaluation import measure
 from caravan.training.features import FeatureStore, default_cache
 from caravan.training.inputs import encode_with_progress
-from caravan.training.progress import Report, prefixed
+from caravan.training.progress import Report
 from caravan.training.trainer import Stage, fit
 
 OnStage = Callable[[Stage, Retriever, float], object]
+OnRound = Callable[[RoundReport, dict[str, Tensor]], None]
 
 _STAGES: tuple[Stage, ...] = ("head", "adapter")
+_NOT_OF_THE_RESULT = ("data", "evaluation", "deployment")  # the words themselves are hashed
 _VERSIONS = ("caravan", "torch", "transformers", "safetensors", "flwr")
 _NO_PRIVACY = (
     "Trained without differential privacy: the tensors can reveal training queries to whoever holds them. "
@@ -113,13 +116,13 @@ class Experiment:
         for stage in self.stages:
             started = time.perf_counter()
             if self.federated:
-                rounds.extend(self._federate(stage, self.shards))
+                rounds.extend(self._federate(stage))
             else:
                 history.extend(self._train(stage))
             seconds += time.perf_counter() - started
             if on_stage is not None:
                 on_stage(stage, self.retriever, seconds)
-        self.retriever.record = self._record(history, rounds, self.shards, seconds)
+        self.retriever.record = self._record(history, rounds, seconds)
         return self.retriever
 
     def clear_checkpoint(self) -> None:
@@ -168,17 +171,12 @@ class Experiment:
         )
         return [asdict(record) for record in records]
 
-    def _federate(self, stage: Stage, shards: Sequence[Shard]) -> list[dict[str, Any]]:
-        from caravan.federation.flower import run_federation
-
-        settings, federation = getattr(self.config.training, stage), self.config.federation
+    def _federate(self, stage: Stage) -> list[dict[str, Any]]:
+        settings = getattr(self.config.training, stage)
         if not settings.epochs:
             return []
-        rounds = min(federation.rounds, settings.epochs)
-        shard_of = {shard.name: (number, shard) for number, shard in enumerate(shards)}
-        names = [
-            name for name, _ in self.retriever.named_trainables() if stage == "adapter" or name.startswith("head.")
-        ]
+        rounds = min(self.config.federation.rounds, settings.epochs)
+        names = trained_names(self.retriever, stage)
         state = self.retriever.trainable_state()
         tensors, reports, first_round = {name: state[name] for name in names}, [], 1
         snapshots = self._snapshots(stage)
@@ -186,40 +184,47 @@ class Experiment:
         if snapshot is not None:
             tensors, reports, first_round = snapshot.tensors, snapshot.values["rounds"], snapshot.values["round"] + 1
 
-        def local_train(client: str, received: dict[str, Tensor], number: int) -> Update:
-            place, shard = shard_of[client]
-            self.retriever.load_trainable_state(received, partial=True)
-            fit(
-                self.retriever,
-                shard.examples,
-                stage,
-                self.config.training,
-                seed=self.config.seed + place,
-                epochs=range((number - 1) * settings.epochs // rounds, number * settings.epochs // rounds),
-                store=self.store,
-                report=prefixed(self.report, f"round {number}/{rounds}, {client}: "),
-            )
-            trained = self.retriever.trainable_state()
-            return Update(client, {name: trained[name] for name in names}, examples=len(shard.examples))
-
         def on_round(report: RoundReport, averaged: dict[str, Tensor]) -> None:
             self.retriever.load_trainable_state(averaged, partial=True)
             reports.append({"stage": stage, **asdict(report), "validation_recall": self._validation_recall()})
             if snapshots is not None:
                 snapshots.save(Snapshot(averaged, {"round": report.round, "rounds": reports}))
 
-        averaged = run_federation(
+        averaged = self._run_rounds(stage, tensors, rounds, first_round, on_round)
+        self.retriever.load_trainable_state(averaged, partial=True)
+        return reports
+
+    def _run_rounds(
+        self, stage: Stage, tensors: dict[str, Tensor], rounds: int, first_round: int, on_round: OnRound
+    ) -> dict[str, Tensor]:
+        """The averaged tensors after the last round: of clients that are simulated here."""
+        from caravan.federation.flower import run_federation
+
+        shard_of = {shard.name: (place, shard) for place, shard in enumerate(self.shards)}
+
+        def local_train(client: str, received: dict[str, Tensor], number: int) -> Update:
+            place, shard = shard_of[client]
+            return train_client(
+                self.retriever,
+                client,
+                shard.examples,
+                self.config,
+                received,
+                part=Part(stage, number, rounds, place),
+                store=self.store,
+                report=self.report,
+            )
+
+        return run_federation(
             tensors,
             list(shard_of),
             local_train,
             rounds=rounds,
             first_round=first_round,
-            min_clients=federation.min_clients,
-            backend=federation.backend,
+            min_clients=self.config.federation.min_clients,
+            backend=self.config.federation.backend,
             on_round=on_round,
         )
-        self.retriever.load_trainable_state(averaged, partial=True)
-        return reports
 
     def _validation_recall(self) -> float | None:
         if not self.dataset.validation:
@@ -265,7 +270,7 @@ class Experiment:
     @cached_property
     def _fingerprint(self) -> str:
         """What must be the same for a snapshot to be taken up: settings that change the result, words, frozen model."""
-        settings = {name: value for name, value in self.config.to_dict().items() if name not in ("data", "evaluation")}
+        settings = {name: value for name, value in self.config.to_dict().items() if name not in _NOT_OF_THE_RESULT}
         settings["training"] = {**settings["training"], "checkpoint_seconds": None}
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         digest.update(self.backbone.hash.encode())
@@ -276,9 +281,7 @@ class Experiment:
                 digest.update(json.dumps([example.text, example.doc_ids, dict(example.columns)]).encode())
         return digest.hexdigest()
 
-    def _record(
-        self, history: list[dict[str, Any]], rounds: list[dict[str, Any]], shards: Sequence[Shard], seconds: float
-    ) -> dict[str, Any]:
+    def _record(self, history: list[dict[str, Any]], rounds: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
         dataset = self.dataset
         sizes = {"train": len(dataset.train), "validation": len(dataset.validation), "test": len(dataset.test)}
         record: dict[str, Any] = {
@@ -290,10 +293,14 @@ class Experiment:
             "versions": {"python": platform.python_version(), **_installed(_VERSIONS)},
             "privacy": _NO_PRIVACY,
         }
-        if shards:
-            clients = [{"name": shard.name, "examples": len(shard.examples)} for shard in shards]
-            record["federation"] = {"clients": clients, "rounds": rounds}
+        if self.federated:
+            record["federation"] = {"clients": self._clients(rounds), "rounds": rounds}
         return record
+
+    def _clients(self, rounds: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Who took part, for the record."""
+        del rounds
+        return [{"name": shard.name, "examples": len(shard.examples)} for shard in self.shards]
 
 
 def train(
