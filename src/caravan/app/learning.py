@@ -189,6 +189,7 @@ class Experiment:
             reports.append({"stage": stage, **asdict(report), "validation_recall": self._validation_recall()})
             if snapshots is not None:
                 snapshots.save(Snapshot(averaged, {"round": report.round, "rounds": reports}))
+            self._tell(reports[-1], rounds)
 
         averaged = self._run_rounds(stage, tensors, rounds, first_round, on_round)
         self.retriever.load_trainable_state(averaged, partial=True)
@@ -296,6 +297,9 @@ class Experiment:
         if self.federated:
             record["federation"] = {"clients": self._clients(rounds), "rounds": rounds}
         return record
+
+    def _tell(self, report: dict[str, Any], rounds: int) -> None:
+        """Say what a round did; the simulation's bars have said it."""
 
     def _clients(self, rounds: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Who took part, for the record."""
