@@ -2,6 +2,7 @@
 
 import re
 import stat
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -161,11 +162,11 @@ def init_deployment(
     if place.exists() or place.is_symlink():
         raise StorageError(f"{folder}: is there already, and keys are never overwritten; choose a new name")
     catalogue = _read_catalogue(documents, config)
-    values = config.to_dict()
+    values = tomllib.loads(_with_absolute_paths(config).to_toml())
     values["data"] = {name: value for name, value in values["data"].items() if name not in _NOT_SET_HERE}
     del values["evaluation"]
     with whole_folder(folder) as new:
-        (new / "caravan.toml").write_text(_HEADER + tomli_w.dumps(_without_none(values)), encoding="utf-8")
+        (new / "caravan.toml").write_text(_HEADER + tomli_w.dumps(values), encoding="utf-8")
         catalogue.write(new / "documents.jsonl")
         (new / "app").mkdir()
         (new / "app" / "pyproject.toml").write_text(tomli_w.dumps(_flower_app()), encoding="utf-8")
@@ -176,6 +177,16 @@ def init_deployment(
             for node in nodes:
                 write_node_key(new / "nodes", node)
     return Deployment.read(folder)
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    """Flower's processes run in another folder than the one in which the paths were written."""
+    if config.data.validation:
+        validation = str(Path(config.data.validation).absolute())
+        config = replace(config, data=replace(config.data, validation=validation))
+    if Path(config.backbone.name).is_dir():
+        config = replace(config, backbone=replace(config.backbone, name=str(Path(config.backbone.name).absolute())))
+    return config
 
 
 def _read_catalogue(documents: str, config: Config) -> Catalogue:
@@ -207,13 +218,3 @@ def _flower_app() -> dict[str, object]:
             }
         },
     }
-
-
-def _without_none(values: dict[str, object]) -> dict[str, object]:
-    kept: dict[str, object] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            kept[name] = _without_none(value)
-        elif value is not None:
-            kept[name] = value
-    return kept

@@ -3,7 +3,8 @@
 import json
 import signal
 import subprocess
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -103,7 +104,7 @@ def server(folder: Folder, print_commands: PrintCommands = False) -> None:
             "on the nodes; bind to 127.0.0.1 and put a proxy in front (docs/federation.md).",
             err=True,
         )
-    with _stopped_by_signals(), serve(deployment) as process:
+    with _until_stopped(), serve(deployment) as process:
         settings = deployment.config.deployment
         typer.echo(f"ready: nodes connect to {settings.host}:{settings.port}; `caravan federate submit {folder}`")
         _wait(process, "the server")
@@ -127,7 +128,7 @@ def client(
     caravan federate client shop --data queries.csv --weight 1
     """
     from caravan.app.deployment import Deployment
-    from caravan.app.operation import client_command, running
+    from caravan.app.operation import client_command, running, wait_for_server
 
     deployment = Deployment.read(folder)
     node = name or deployment.only_node()
@@ -140,8 +141,10 @@ def client(
         return
     if not deployment.config.deployment.insecure:
         deployment.check_files(deployment.certificate("ca.crt"), deployment.key(node))
-    with _stopped_by_signals(), running(command.start()) as process:
-        _wait(process, f"node {node}")
+    with _until_stopped():
+        wait_for_server(deployment)  # Flower's node gives up after seconds
+        with running(command.start()) as process:
+            _wait(process, f"node {node}")
 
 
 @app.command()
@@ -151,6 +154,7 @@ def submit(
         str | None, typer.Option("--out", "-o", help="Folder for the trained retriever; DIR/model if left out.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on after the last round of a run that failed.")] = False,
+    as_json: Json = False,
     print_commands: PrintCommands = False,
 ) -> None:
     """Start a training on the nodes, follow it, and save the retriever; run it on the server's machine.
@@ -168,10 +172,12 @@ def submit(
         return
     try:
         for line in operation.submit(deployment, place, resume=resume):
-            typer.echo(line)
+            typer.echo(line, err=as_json)
     except KeyboardInterrupt:
         typer.echo(f"Interrupted; the run goes on. `caravan federate status {folder}` says where it is.", err=True)
         raise typer.Exit(130) from None
+    if as_json:
+        _print_json({"model": str(place)})
 
 
 @app.command()
@@ -201,25 +207,22 @@ def status(folder: Folder, as_json: Json = False, print_commands: PrintCommands 
 def _wait(process: "subprocess.Popen[str]", what: str) -> None:
     from caravan.errors import FederationError
 
-    try:
-        code = process.wait()
-    except KeyboardInterrupt:
-        return
-    if code:
+    if code := process.wait():
         raise FederationError(f"{what} ended with exit code {code}; its last lines say why")
 
 
-class _stopped_by_signals:  # noqa: N801 - a context manager, like those of contextlib
-    """Turn SIGTERM, which systemd sends, into the interrupt that Ctrl-C is."""
-
-    def __enter__(self) -> None:
-        self.before = None
-        with suppress(ValueError):  # not in the main thread
-            self.before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-
-    def __exit__(self, *_: object) -> None:
-        if self.before is not None:
-            signal.signal(signal.SIGTERM, self.before)
+@contextmanager
+def _until_stopped() -> Iterator[None]:
+    """Take Ctrl-C, and SIGTERM as systemd sends it, for the orderly end of what runs until it is stopped."""
+    before = None
+    with suppress(ValueError):  # not in the main thread
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with suppress(KeyboardInterrupt):
+            yield
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _print_commands(commands: "list[Command]") -> None:

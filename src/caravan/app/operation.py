@@ -175,14 +175,19 @@ def serve(deployment: Deployment) -> Iterator[subprocess.Popen[str]]:
     with running(start.start()) as server:
         _wait_until_it_listens(server, _reached(settings.bind), port)
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        for node, process in [
-            (node, command.start(**pipes))
-            for node, command in zip(settings.nodes, registrations, strict=bool(registrations))
-        ]:
+        processes = [command.start(**pipes) for command in registrations]
+        for node, process in zip(settings.nodes, processes, strict=bool(processes)):
             said = process.communicate()[0]
             if process.returncode and not any(words in said.lower() for words in _KNOWN_KEY):
                 raise FederationError(f"the key of node {node} is refused: {_last_words(said)}")
         yield server
+
+
+def wait_for_server(deployment: Deployment) -> None:
+    """Wait, as long as it takes, until something listens where the nodes reach the server."""
+    settings = deployment.config.deployment
+    while not _listens(settings.host, settings.port):
+        time.sleep(_POLL_SECONDS)
 
 
 @contextmanager
