@@ -27,7 +27,7 @@ _START_SECONDS = 120.0  # a busy machine loads Flower in half a minute
 _STOP_SECONDS = 15.0  # to end the processes it has started; then it is killed
 _POLL_SECONDS = 0.2
 _ON_ITS_WAY = ("pending", "starting", "running")
-_KNOWN_KEY = ("already in use", "already registered")  # of a server that is started again
+_KNOWN_KEY = "Public key already in use"  # by this node, where the server was started before
 
 
 @dataclass(frozen=True)
@@ -177,9 +177,9 @@ def serve(deployment: Deployment) -> Iterator[subprocess.Popen[str]]:
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         processes = [command.start(**pipes) for command in registrations]
         for node, process in zip(settings.nodes, processes, strict=bool(processes)):
-            said = process.communicate()[0]
-            if process.returncode and not any(words in said.lower() for words in _KNOWN_KEY):
-                raise FederationError(f"the key of node {node} is refused: {_last_words(said)}")
+            said = _last_words(process.communicate()[0])
+            if process.returncode and _KNOWN_KEY not in said:
+                raise FederationError(f"the key of node {node} is refused: {said}")
         yield server
 
 
