@@ -23,7 +23,7 @@ from caravan.files import make_folder
 CONNECTION = "caravan"  # the name under which Flower's own commands find the server
 MARK = "caravan: "  # begins the lines of Flower's log that are meant for people, see `coordinator`
 
-_START_SECONDS = 120.0  # a busy machine loads Flower in half a minute
+_START_SECONDS = 300.0  # a very busy machine takes minutes to load Flower
 _STOP_SECONDS = 15.0  # to end the processes it has started; then it is killed
 _POLL_SECONDS = 0.2
 _ON_ITS_WAY = ("pending", "starting", "running")
