@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -83,9 +83,9 @@ def run_federation(
     check_settings(settings, len(clients))
     if first_round > rounds:
         return tensors
-    _import_flower(settings.backend)
-    with _quiet_flower():
-        server = _Server(tensors, clients, settings, strategy, seed, first_round, on_round)
+    import_flower(settings.backend)
+    with quiet_flower():
+        server = Server(tensors, clients, settings, strategy, seed, first_round, on_round)
         run = run_in_process if settings.backend == "inprocess" else run_on_ray
         run(_server_app(server, rounds - first_round + 1), _client_app(tuple(clients), local_train), len(clients))
     return server.tensors
@@ -96,7 +96,7 @@ class _Round:
     """A round under way: who was asked, and what came back so far.
 
     Attributes:
-        content: what every client gets.
+        arrays: the global tensors, which every client gets.
         asked: clients in the order they were asked.
         waiting: those of the latest attempt.
         updates: what can be used.
@@ -106,7 +106,7 @@ class _Round:
     """
 
     number: int
-    content: "RecordDict"
+    arrays: "ArrayRecord"
     started: float
     asked: list[str] = field(default_factory=list)
     waiting: list[str] = field(default_factory=list)
@@ -119,7 +119,7 @@ class _Round:
 
 
 @dataclass
-class _Server:
+class Server:
     """The server's side of one run: who is who, what came back, and the global tensors."""
 
     tensors: dict[str, Tensor]
@@ -129,8 +129,13 @@ class _Server:
     seed: int
     first_round: int
     on_round: OnRound | None
+    instructions: Mapping[str, str | int | float] = field(default_factory=dict)  # told to every client with every round
     names: dict[int, str] = field(default_factory=dict)  # Flower's node id -> client
     round: _Round | None = None
+
+    def meet(self, grid: "Grid") -> dict[int, str]:
+        """Who can be asked in the next round: node ids to clients, in the clients' order."""
+        return self.names or _meet(grid, self.clients)
 
     @property
     def seconds(self) -> float:
@@ -139,13 +144,9 @@ class _Server:
 
     def open_round(self, server_round: int, arrays: "ArrayRecord", grid: "Grid") -> list["Message"]:
         """Begin a round; give the messages that start it, in the clients' order."""
-        from flwr.app import ConfigRecord, RecordDict
-
-        if not self.names:
-            self.names = _meet(grid, self.clients)
+        self.names = self.meet(grid)
         number = self.first_round + server_round - 1
-        content = RecordDict({"arrays": arrays, "config": ConfigRecord({"round": number})})
-        self.round = _Round(number, content, time.perf_counter())
+        self.round = _Round(number, arrays, time.perf_counter())
         return self._ask(self.round, sample(self.clients, self.settings, seed=self.seed, number=number))
 
     def close_round(self, replies: Iterable["Message"], grid: "Grid") -> "ArrayRecord":
@@ -179,16 +180,19 @@ class _Server:
         return arrays
 
     def _ask(self, under_way: _Round, clients: list[str]) -> list["Message"]:
-        from flwr.app import Message, MessageType
+        from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 
         under_way.waiting = clients
         under_way.asked += [client for client in clients if client not in under_way.asked]
-        under_way.bytes_down += _content_bytes(under_way.content) * len(clients)
-        return [
-            Message(under_way.content, node, MessageType.TRAIN, ttl=self.seconds)
-            for node, client in self.names.items()
-            if client in clients
-        ]
+        messages = []
+        for node, client in self.names.items():
+            if client in clients:
+                place = {"place": self.clients.index(client), "clients": len(self.clients)}
+                words = ConfigRecord({**self.instructions, **place, "round": under_way.number})
+                content = RecordDict({"arrays": under_way.arrays, "config": words})
+                under_way.bytes_down += _content_bytes(content)
+                messages.append(Message(content, node, MessageType.TRAIN, ttl=self.seconds))
+        return messages
 
     def _ask_again(self, under_way: _Round) -> list["Message"]:
         under_way.attempt += 1
@@ -204,7 +208,8 @@ class _Server:
         return self._ask(under_way, clients)
 
     def _take(self, under_way: _Round, replies: Iterable["Message"]) -> None:
-        received = {self.names[reply.metadata.src_node_id]: reply for reply in replies}
+        # Where a reply was lost on the way, Flower makes one that no client has sent.
+        received = {client: reply for reply in replies if (client := self.names.get(reply.metadata.src_node_id))}
         answers = {client: self._answer(client, received.get(client)) for client in under_way.waiting}
         updates, failures = sort_answers(
             answers,
@@ -219,6 +224,8 @@ class _Server:
         under_way.bytes_up += sum(_content_bytes(reply.content) for reply in received.values() if reply.has_content())
 
     def _answer(self, client: str, reply: "Message | None") -> Update | str:
+        if client not in self.names.values():
+            return "it is not connected"
         if reply is None and self.settings.round_seconds is not None:
             return f"it did not answer in round_seconds = {self.settings.round_seconds:g}"
         return _decode_answer(client, reply)
@@ -233,6 +240,26 @@ class _Server:
 
 
 def _client_app(clients: tuple[str, ...], local_train: LocalTrain) -> "ClientApp":
+    def name_of(context: "Context") -> str:
+        return clients[int(context.node_config["partition-id"])]
+
+    def train(context: "Context", words: Mapping[str, Any], received: dict[str, Tensor]) -> Update:
+        return local_train(name_of(context), received, words["round"])
+
+    return client_app(name_of, train)
+
+
+def client_app(
+    name_of: Callable[["Context"], str],
+    train_round: Callable[["Context", Mapping[str, Any], dict[str, Tensor]], Update],
+) -> "ClientApp":
+    """Make the client's side: it says its name, and answers a round's message with an update or one line why not.
+
+    Args:
+        name_of: the client's name.
+        train_round: called with Flower's context, the server's words (`round`, `place`, `clients` and its instructions)
+            and the global tensors.
+    """
     from flwr.app import ConfigRecord, Message, RecordDict
     from flwr.clientapp import ClientApp
 
@@ -240,18 +267,16 @@ def _client_app(clients: tuple[str, ...], local_train: LocalTrain) -> "ClientApp
 
     @app.query()  # Flower's node ids are random numbers: the server asks once who is behind each
     def introduce(message: "Message", context: "Context") -> "Message":
-        name = clients[int(context.node_config["partition-id"])]
-        return Message(RecordDict({"config": ConfigRecord({"client": name})}), reply_to=message)
+        return Message(RecordDict({"config": ConfigRecord({"client": name_of(context)})}), reply_to=message)
 
     @app.train()
     def train(message: "Message", context: "Context") -> "Message":
-        client = clients[int(context.node_config["partition-id"])]
         try:
-            number = cast(int, message.content.config_records["config"]["round"])
-            content = _encode_update(local_train(client, _decode(message.content.array_records["arrays"]), number))
+            received = _decode(message.content.array_records["arrays"])
+            content = _encode_update(train_round(context, message.content.config_records["config"], received))
         except Exception as error:
             # Caught here, not by the engine: Flower's error replies lose the exception's type on the way.
-            _log.debug("client %s failed", client, exc_info=True)
+            _log.debug("client %s failed", name_of(context), exc_info=True)
             reason = one_line(f"{type(error).__name__}: {error}")
             content = RecordDict({"config": ConfigRecord({"failure": reason})})
         return Message(content, reply_to=message)
@@ -259,52 +284,67 @@ def _client_app(clients: tuple[str, ...], local_train: LocalTrain) -> "ClientApp
     return app
 
 
-def _server_app(server: _Server, rounds: int) -> "ServerApp":
+def _server_app(server: Server, rounds: int) -> "ServerApp":
     from flwr.serverapp import ServerApp
-    from flwr.serverapp.strategy import FedAvg
-
-    class CheckedRounds(FedAvg):
-        """Flower's loop over rounds, with our sampling, checks, quorum and strategies."""
-
-        grid: "Grid"
-
-        def configure_train(
-            self, server_round: int, arrays: "ArrayRecord", config: "ConfigRecord", grid: "Grid"
-        ) -> Iterable["Message"]:
-            self.grid = grid
-            return server.open_round(server_round, arrays, grid)
-
-        def aggregate_train(
-            self, server_round: int, replies: Iterable["Message"]
-        ) -> tuple["ArrayRecord | None", "MetricRecord | None"]:
-            return server.close_round(replies, self.grid), None
 
     app = ServerApp()
 
     @app.main()
     def main(grid: "Grid", context: "Context") -> None:
-        strategy = CheckedRounds(fraction_evaluate=0.0)  # the server validates in on_round; clients are not asked
-        strategy.start(grid=grid, initial_arrays=_encode(server.tensors), num_rounds=rounds, timeout=server.seconds)
+        drive(server, grid, rounds)
 
     return app
 
 
+def drive(server: Server, grid: "Grid", rounds: int) -> None:
+    """Have Flower's loop run so many rounds; `server.tensors` are the result."""
+    from flwr.serverapp.strategy import FedAvg
+
+    class CheckedRounds(FedAvg):
+        """Flower's loop over rounds, with our sampling, checks, quorum and strategies."""
+
+        def configure_train(
+            self, server_round: int, arrays: "ArrayRecord", config: "ConfigRecord", grid: "Grid"
+        ) -> Iterable["Message"]:
+            return server.open_round(server_round, arrays, grid)
+
+        def aggregate_train(
+            self, server_round: int, replies: Iterable["Message"]
+        ) -> tuple["ArrayRecord | None", "MetricRecord | None"]:
+            return server.close_round(replies, grid), None
+
+    strategy = CheckedRounds(fraction_evaluate=0.0)  # the server validates in on_round; clients are not asked
+    strategy.start(grid=grid, initial_arrays=_encode(server.tensors), num_rounds=rounds, timeout=server.seconds)
+
+
 def _meet(grid: "Grid", clients: Sequence[str]) -> dict[int, str]:
     """Ask every node which client it is: node ids to names, in the clients' order."""
-    from flwr.app import Message, MessageType, RecordDict
-
     deadline = time.monotonic() + _CONNECT_SECONDS
     while len(nodes := sorted(grid.get_node_ids())) < len(clients):
         if time.monotonic() > deadline:
             raise FederationError(f"only {len(nodes)} of {len(clients)} nodes came up; start the run again")
         time.sleep(0.02)
+    names = ask_names(grid, nodes)
+    return dict(sorted(names.items(), key=lambda item: clients.index(item[1])))
+
+
+def ask_names(grid: "Grid", nodes: Iterable[int], *, strict: bool = True) -> dict[int, str]:
+    """Have nodes introduce themselves: node ids to the names they say.
+
+    Raises:
+        FederationError: one of them cannot start its client, and `strict` is set; otherwise it is left out.
+    """
+    from flwr.app import Message, MessageType, RecordDict
+
     questions = [Message(RecordDict(), node, MessageType.QUERY, ttl=_MESSAGE_SECONDS) for node in nodes]
     names: dict[int, str] = {}
     for reply in grid.send_and_receive(questions):
+        if reply.has_error() and not strict:
+            continue
         if reply.has_error():
             raise FederationError(f"a client's process does not start: {one_line(str(reply.error.reason))}; repair it")
         names[reply.metadata.src_node_id] = str(reply.content.config_records["config"]["client"])
-    return dict(sorted(names.items(), key=lambda item: clients.index(item[1])))
+    return names
 
 
 def _encode(tensors: Mapping[str, Tensor]) -> "ArrayRecord":
@@ -352,7 +392,7 @@ def _content_bytes(content: "RecordDict") -> int:
     return sum(len(array.data) for arrays in content.array_records.values() for array in arrays.values())
 
 
-def _import_flower(backend: str) -> None:
+def import_flower(backend: str = "inprocess") -> None:
     """Load Flower before anything of a run exists, so that its absence is the first thing said."""
     # Flower reads these once, while it loads. A user's own setting stands.
     for variable, value in {
@@ -379,7 +419,7 @@ def _import_flower(backend: str) -> None:
 
 
 @contextmanager
-def _quiet_flower() -> Iterator[None]:
+def quiet_flower() -> Iterator[None]:
     """Keep Flower's own log lines off the user's terminal; what matters of them is in the reports and errors."""
     logger = logging.getLogger("flwr")
     before, logger.disabled = logger.disabled, True
