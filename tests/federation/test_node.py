@@ -9,7 +9,7 @@ from caravan.federation.node import Order, Policy, check_same, release
 from caravan.federation.rounds import Update
 
 CONFIG = Config(seed=5, head=HeadConfig(hidden=3))
-ORDER = Order.of(CONFIG, "head", 4, catalogue="c" * 64, encoder="e" * 64)
+ORDER = Order.of(CONFIG, "head", 4, proximal_mu=0.5, catalogue="c" * 64, encoder="e" * 64)
 UPDATE = Update(
     "oslo", {"head.rows": torch.ones(2), "adapter.matrix": torch.ones(3)}, 12, {"loss": 0.5, "queries": 9.0}
 )
