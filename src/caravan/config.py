@@ -196,7 +196,9 @@ class Config:
 
     def to_dict(self) -> dict[str, Any]:
         """All settings as nested plain values, as saved with results."""
-        return asdict(self)
+        values = asdict(self)
+        values["deployment"]["nodes"] = list(self.deployment.nodes)  # JSON and TOML know no tuples
+        return values
 
     def to_toml(self) -> str:
         """All settings as TOML; a setting that is None is left out (TOML has no null)."""
