@@ -9,26 +9,25 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from caravan.config import FederationConfig
 from caravan.errors import FederationError
+from caravan.federation.messages import content_bytes, decode, decode_answer, encode, encode_update
 from caravan.federation.quorum import check_settings, quorum, sample, sample_again
 from caravan.federation.rounds import Failure, RoundReport, Update, check_plan, list_reasons, one_line, sort_answers
 from caravan.federation.simulation import run_in_process, run_on_ray
 from caravan.federation.strategies import Strategy
 
 if TYPE_CHECKING:
-    from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+    from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord
     from flwr.clientapp import ClientApp
     from flwr.serverapp import Grid, ServerApp
 
 __all__ = ["Failure", "RoundReport", "run_federation"]
 
-_EXAMPLES = "num-examples"  # where Flower's own strategies look for a client's weight
 _MESSAGE_SECONDS = 30 * 24 * 3600.0  # Flower drops a message after 12 hours, less than a long round on one machine
 _CONNECT_SECONDS = 60.0  # virtual nodes register in milliseconds; stock Flower would wait for them forever
 
@@ -162,7 +161,7 @@ class Server:
             self._take(under_way, grid.send_and_receive(messages, timeout=self.seconds))
         updates = [under_way.updates[client] for client in self.clients if client in under_way.updates]
         self.tensors = self.strategy.combine(under_way.number, updates, self.tensors)
-        arrays = _encode(self.tensors)
+        arrays = encode(self.tensors)
         report = RoundReport(
             round=under_way.number,
             asked=tuple(client for client in self.clients if client in under_way.asked),
@@ -190,7 +189,7 @@ class Server:
                 place = {"place": self.clients.index(client), "clients": len(self.clients)}
                 words = ConfigRecord({**self.instructions, **place, "round": under_way.number})
                 content = RecordDict({"arrays": under_way.arrays, "config": words})
-                under_way.bytes_down += _content_bytes(content)
+                under_way.bytes_down += content_bytes(content)
                 messages.append(Message(content, node, MessageType.TRAIN, ttl=self.seconds))
         return messages
 
@@ -221,14 +220,14 @@ class Server:
             under_way.updates[update.client] = update
             under_way.failures.pop(update.client, None)
         under_way.failures |= {failure.client: failure for failure in failures}
-        under_way.bytes_up += sum(_content_bytes(reply.content) for reply in received.values() if reply.has_content())
+        under_way.bytes_up += sum(content_bytes(reply.content) for reply in received.values() if reply.has_content())
 
     def _answer(self, client: str, reply: "Message | None") -> Update | str:
         if client not in self.names.values():
             return "it is not connected"
         if reply is None and self.settings.round_seconds is not None:
             return f"it did not answer in round_seconds = {self.settings.round_seconds:g}"
-        return _decode_answer(client, reply)
+        return decode_answer(client, reply)
 
     def _missed(self, under_way: _Round, reason: str) -> FederationError:
         attempts = f" in {under_way.attempt + 1} attempts" if under_way.attempt else ""
@@ -272,8 +271,8 @@ def client_app(
     @app.train()
     def train(message: "Message", context: "Context") -> "Message":
         try:
-            received = _decode(message.content.array_records["arrays"])
-            content = _encode_update(train_round(context, message.content.config_records["config"], received))
+            received = decode(message.content.array_records["arrays"])
+            content = encode_update(train_round(context, message.content.config_records["config"], received))
         except Exception as error:
             # Caught here, not by the engine: Flower's error replies lose the exception's type on the way.
             _log.debug("client %s failed", name_of(context), exc_info=True)
@@ -314,7 +313,7 @@ def drive(server: Server, grid: "Grid", rounds: int) -> None:
             return server.close_round(replies, grid), None
 
     strategy = CheckedRounds(fraction_evaluate=0.0)  # the server validates in on_round; clients are not asked
-    strategy.start(grid=grid, initial_arrays=_encode(server.tensors), num_rounds=rounds, timeout=server.seconds)
+    strategy.start(grid=grid, initial_arrays=encode(server.tensors), num_rounds=rounds, timeout=server.seconds)
 
 
 def _meet(grid: "Grid", clients: Sequence[str]) -> dict[int, str]:
@@ -345,51 +344,6 @@ def ask_names(grid: "Grid", nodes: Iterable[int], *, strict: bool = True) -> dic
             raise FederationError(f"a client's process does not start: {one_line(str(reply.error.reason))}; repair it")
         names[reply.metadata.src_node_id] = str(reply.content.config_records["config"]["client"])
     return names
-
-
-def _encode(tensors: Mapping[str, Tensor]) -> "ArrayRecord":
-    from flwr.app import Array, ArrayRecord
-
-    return ArrayRecord({name: Array(tensor.detach().cpu().contiguous().numpy()) for name, tensor in tensors.items()})
-
-
-def _decode(arrays: "ArrayRecord") -> dict[str, Tensor]:
-    return {name: torch.from_numpy(array.numpy()) for name, array in arrays.items()}
-
-
-def _encode_update(update: Update) -> "RecordDict":
-    from flwr.app import MetricRecord, RecordDict
-
-    if not isinstance(update, Update):
-        raise FederationError(f"local_train returned {type(update).__name__}; return a rounds.Update")
-    if type(update.examples) is not int:  # a bool or a NumPy number would not survive the journey
-        raise FederationError(f"the example count is {update.examples!r}; a whole number from 1 on is needed")
-    if _EXAMPLES in update.metrics:
-        raise FederationError(f"a metric is named {_EXAMPLES}, which Flower reserves; rename it")
-    metrics = {name: float(value) for name, value in update.metrics.items()}
-    return RecordDict(
-        {"arrays": _encode(update.tensors), "metrics": MetricRecord({**metrics, _EXAMPLES: update.examples})}
-    )
-
-
-def _decode_answer(client: str, reply: "Message | None") -> Update | str:
-    """The client's update, or one line that says why there is none."""
-    if reply is None:
-        return "it did not answer"
-    if reply.has_error():
-        return one_line(str(reply.error.reason))
-    try:
-        if "config" in reply.content.config_records:
-            return one_line(str(reply.content.config_records["config"]["failure"]))
-        metrics = dict(reply.content.metric_records["metrics"])
-        examples = cast(int, metrics.pop(_EXAMPLES))
-        return Update(client, _decode(reply.content.array_records["arrays"]), examples, cast(dict[str, float], metrics))
-    except Exception as error:  # whatever a client sends, it must not end the run of the others
-        return one_line(f"its reply cannot be read: {type(error).__name__}: {error}")
-
-
-def _content_bytes(content: "RecordDict") -> int:
-    return sum(len(array.data) for arrays in content.array_records.values() for array in arrays.values())
 
 
 def import_flower(backend: str = "inprocess") -> None:
