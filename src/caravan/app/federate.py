@@ -56,8 +56,8 @@ def init(
 ) -> None:
     """Make a federation's folder: settings, documents, certificates, node keys and the Flower app.
 
-    caravan federate init shop --documents faq.csv --node oslo --node lima --host fed.example.org
-    caravan federate init here --documents helpdesk --nodes 3 --set training.mode=head
+    caravan federate init shop --documents faq.csv --node oslo --node lima
+    caravan federate init here --documents helpdesk --nodes 3
     """
     from caravan.app.options import build_config
 
