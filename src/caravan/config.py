@@ -17,6 +17,7 @@ _STRICT = ConfigDict(extra="forbid")
 _SHOWN_CHARACTERS = 80  # of a wrong value: a message is one line of a terminal or little more
 
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]  # the largest whole number of TOML, and of PyTorch's generators
+Port = Annotated[int, Field(ge=1, le=65535)]
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -167,6 +168,19 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
+class DeploymentConfig:
+    """Where a federation of real machines meets (`[deployment]`); `caravan train` does not look at it."""
+
+    nodes: tuple[str, ...] = ()  # their names; the order gives each its seed, as in simulation
+    host: str = "127.0.0.1"  # the server, as the nodes reach it
+    port: Port = 9092
+    bind: str = "127.0.0.1"  # where the server listens: whoever reaches it can start runs, so a proxy stands before it
+    bind_port: Port | None = None  # None: the same as port
+    insecure: bool = False  # neither TLS nor node keys: for tests on one machine
+    connect_seconds: PositiveFloat = 60.0  # a round begins without nodes that are away longer
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Config:
     """All settings of one experiment."""
 
@@ -178,10 +192,13 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     federation: FederationConfig = field(default_factory=FederationConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    deployment: DeploymentConfig = field(default_factory=DeploymentConfig)
 
     def to_dict(self) -> dict[str, Any]:
         """All settings as nested plain values, as saved with results."""
-        return asdict(self)
+        values = asdict(self)
+        values["deployment"]["nodes"] = list(self.deployment.nodes)  # JSON and TOML know no tuples
+        return values
 
     def to_toml(self) -> str:
         """All settings as TOML; a setting that is None is left out (TOML has no null)."""

@@ -12,8 +12,6 @@ from torch.nn.functional import normalize
 import caravan
 from caravan.app.learning import Experiment, federate, train
 from caravan.config import FederationConfig
-from caravan.data.catalogue import Catalogue
-from caravan.data.records import Document
 from caravan.data.splits import Selection
 from caravan.errors import ConfigError, DataError, FederationError
 from caravan.model.adapter import IdentityAdapter
@@ -26,7 +24,7 @@ from toy_experiments import (
     with_wrong_documents,
     with_wrong_queries,
 )
-from toy_training import CATALOGUE, UNSEEN, Log, StoppedError, assert_same_bits, differ, largest_difference
+from toy_training import UNSEEN, Log, StoppedError, assert_same_bits, differ, largest_difference
 
 both_modes = pytest.mark.parametrize("mode", ["head", "adapter"])
 DEALS = {
@@ -176,24 +174,6 @@ def test_sites_get_the_queries_that_were_asked_there(settings, prepare):
         ("west", 8),
     ]
     assert all({example.columns["site"] for example in shard.examples} == {shard.name} for shard in experiment.shards)
-
-
-@pytest.mark.parametrize("federation", [{}, {"clients": 2, "rounds": 1}])
-def test_what_documents_say_is_trained_on_once_whoever_trains(settings, prepare, monkeypatch, federation):
-    texts = [f"{doc_id} says this first. {doc_id} says that then." for doc_id in CATALOGUE.ids]
-    catalogue = Catalogue([Document(doc_id, text) for doc_id, text in zip(CATALOGUE.ids, texts, strict=True)])
-    dealt = []
-    monkeypatch.setattr(
-        "caravan.app.learning.fit",
-        lambda *arguments, passages, **options: (dealt.append([each.text for each in passages]), [])[1],
-    )
-    experiment = prepare(settings(mode="head", federation=federation), replace(DATASET, catalogue=catalogue))
-    experiment.run()
-    assert len(dealt) == max(1, len(experiment.shards))
-    assert all(abs(len(part) - 10 / len(dealt)) < 1 for part in dealt)
-    whole = [f"{doc_id} says {what}." for doc_id in CATALOGUE.ids for what in ("this first", "that then")]
-    assert sorted(text for part in dealt for text in part) == sorted(whole)
-    assert experiment.retriever.record["dataset"]["passages"] == 10
 
 
 @pytest.mark.parametrize("config", [None, {}, {"partition": "dirichlet"}])

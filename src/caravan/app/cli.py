@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from caravan import __version__
+from caravan.app import federate
 from caravan.app.options import build_config, parse_settings
 from caravan.errors import CaravanError
 
@@ -310,6 +311,9 @@ def info(
         _print_json(facts)
     else:
         print_facts(facts)
+
+
+app.add_typer(federate.app, name="federate")
 
 
 def main() -> None:

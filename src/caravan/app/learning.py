@@ -20,6 +20,7 @@ from caravan.data.dataset import Dataset
 from caravan.data.partition import Shard, partition
 from caravan.data.passages import document_passages
 from caravan.errors import ConfigError
+from caravan.federation.local import Part, train_client, trained_names
 from caravan.federation.quorum import check_settings
 from caravan.federation.rounds import RoundReport, Update
 from caravan.federation.strategies import Strategy, proximal_mu
@@ -32,12 +33,14 @@ from caravan.training.checkpoint import Checkpoint
 from caravan.training.evaluation import measure
 from caravan.training.features import FeatureStore, default_cache
 from caravan.training.inputs import encode_with_progress
-from caravan.training.progress import Report, prefixed
+from caravan.training.progress import Report
 from caravan.training.trainer import Stage, fit
 
 OnStage = Callable[[Stage, Retriever, float], object]
+OnRound = Callable[[RoundReport, dict[str, Tensor]], None]
 
 _STAGES: tuple[Stage, ...] = ("head", "adapter")
+_NOT_OF_THE_RESULT = ("data", "evaluation", "deployment")  # the words themselves are hashed
 _VERSIONS = ("caravan", "torch", "transformers", "safetensors", "flwr")
 _NO_PRIVACY = (
     "Trained without differential privacy: the tensors can reveal training queries to whoever holds them. "
@@ -120,7 +123,7 @@ class Experiment:
         for stage in self.stages:
             started = time.perf_counter()
             if self.federated:
-                standing = self._federate(stage, self.shards)
+                standing = self._federate(stage)
                 rounds.extend(standing.rounds)
                 kept[stage] = standing.kept[0]
             else:
@@ -129,9 +132,9 @@ class Experiment:
             if on_stage is not None:
                 on_stage(stage, self.retriever, seconds)
         self.retriever.record = self._record(history, seconds)
-        if self.shards:
-            clients = [{"name": shard.name, "examples": len(shard.examples)} for shard in self.shards]
-            self.retriever.record["federation"] = {"clients": clients, "rounds": rounds, "kept_rounds": kept}
+        if self.federated:
+            federation = {"clients": self._clients(rounds), "rounds": rounds, "kept_rounds": kept}
+            self.retriever.record["federation"] = federation
         return self.retriever
 
     def clear_checkpoint(self) -> None:
@@ -144,6 +147,13 @@ class Experiment:
         """The clients' examples, none for central training."""
         if not self.federated:
             return []
+        self._check_clients()
+        shards = partition(self.dataset.train, self.config.federation, seed=self.config.seed)
+        check_settings(self.config.federation, len(shards))
+        return shards
+
+    def _check_clients(self) -> None:
+        """Refuse settings that clients who do not pool their queries cannot meet."""
         if self.config.head.start == "centroids":
             raise ConfigError(
                 'head.start = "centroids" would pool the clients\' queries; set it to "documents" or "auto"'
@@ -153,9 +163,6 @@ class Experiment:
                 'federation.keep = "best" chooses by validation queries, and the data has none; give some '
                 '(data.validation, data.validation_fraction) or set it to "last"'
             )
-        shards = partition(self.dataset.train, self.config.federation, seed=self.config.seed)
-        check_settings(self.config.federation, len(shards))
-        return shards
 
     def _clear_snapshots(self) -> None:
         for stage in _STAGES:
@@ -184,15 +191,10 @@ class Experiment:
         )
         return [asdict(record) for record in records]
 
-    def _federate(self, stage: Stage, shards: Sequence[Shard]) -> Standing:
-        from caravan.federation.flower import run_federation
-
-        settings, federation = getattr(self.config.training, stage), self.config.federation
-        rounds = min(federation.rounds, settings.epochs)
-        shard_of = {shard.name: (number, shard) for number, shard in enumerate(shards)}
-        names = [
-            name for name, _ in self.retriever.named_trainables() if stage == "adapter" or name.startswith("head.")
-        ]
+    def _federate(self, stage: Stage) -> Standing:
+        federation = self.config.federation
+        rounds = min(federation.rounds, getattr(self.config.training, stage).epochs)
+        names = trained_names(self.retriever, stage)
         state = self.retriever.trainable_state()
         standing = Standing({name: state[name] for name in names})
         if not rounds:
@@ -204,24 +206,6 @@ class Experiment:
         strategy = Strategy(federation)
         strategy.restore(standing.server)
 
-        def local_train(client: str, received: dict[str, Tensor], number: int) -> Update:
-            place, shard = shard_of[client]
-            self.retriever.load_trainable_state(received, partial=True)
-            fit(
-                self.retriever,
-                shard.examples,
-                stage,
-                self.config.training,
-                seed=self.config.seed + place,
-                passages=self.passages[place :: len(shards)],
-                epochs=range((number - 1) * settings.epochs // rounds, number * settings.epochs // rounds),
-                store=self.store,
-                report=prefixed(self.report, f"round {number}/{rounds}, {client}: "),
-                proximal_mu=proximal_mu(federation),
-            )
-            trained = self.retriever.trainable_state()
-            return Update(client, {name: trained[name] for name in names}, examples=len(shard.examples))
-
         def on_round(report: RoundReport, averaged: dict[str, Tensor]) -> None:
             self.retriever.load_trainable_state(averaged, partial=True)
             recall = self._validation_recall()
@@ -231,6 +215,33 @@ class Experiment:
                 standing.offer(recall)
             if snapshots is not None:
                 snapshots.save(standing.snapshot())
+            self._tell(standing.rounds[-1], rounds)
+
+        self._run_rounds(stage, standing, rounds, strategy, on_round)
+        self.retriever.load_trainable_state(standing.kept[1], partial=True)
+        return standing
+
+    def _run_rounds(self, stage: Stage, standing: Standing, rounds: int, strategy: Strategy, on_round: OnRound) -> None:
+        """Run what is left of a stage's rounds, on clients that are simulated here."""
+        from caravan.federation.flower import run_federation
+
+        federation = self.config.federation
+        shard_of = {shard.name: (place, shard) for place, shard in enumerate(self.shards)}
+
+        def local_train(client: str, received: dict[str, Tensor], number: int) -> Update:
+            place, shard = shard_of[client]
+            return train_client(
+                self.retriever,
+                client,
+                shard.examples,
+                self.config,
+                received,
+                part=Part(stage, number, rounds, place, len(self.shards)),
+                passages=self.passages,
+                proximal_mu=proximal_mu(federation),
+                store=self.store,
+                report=self.report,
+            )
 
         run_federation(
             standing.tensors,
@@ -243,8 +254,6 @@ class Experiment:
             strategy=strategy,
             on_round=on_round,
         )
-        self.retriever.load_trainable_state(standing.kept[1], partial=True)
-        return standing
 
     def _validation_recall(self) -> float | None:
         if not self.dataset.validation:
@@ -290,7 +299,7 @@ class Experiment:
     @cached_property
     def _fingerprint(self) -> str:
         """What must be the same for a snapshot to be taken up: settings that change the result, words, frozen model."""
-        settings = {name: value for name, value in self.config.to_dict().items() if name not in ("data", "evaluation")}
+        settings = {name: value for name, value in self.config.to_dict().items() if name not in _NOT_OF_THE_RESULT}
         settings["training"] = {**settings["training"], "checkpoint_seconds": None}
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         digest.update(self.backbone.hash.encode())
@@ -314,6 +323,14 @@ class Experiment:
             "versions": {"python": platform.python_version(), **_installed(_VERSIONS)},
             "privacy": _NO_PRIVACY,
         }
+
+    def _tell(self, report: dict[str, Any], rounds: int) -> None:
+        """Say what a round did; the simulation's bars have said it."""
+
+    def _clients(self, rounds: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Who took part, for the record."""
+        del rounds
+        return [{"name": shard.name, "examples": len(shard.examples)} for shard in self.shards]
 
 
 def train(

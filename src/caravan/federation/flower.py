@@ -9,26 +9,25 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from caravan.config import FederationConfig
 from caravan.errors import FederationError
+from caravan.federation.messages import content_bytes, decode, decode_answer, encode, encode_update
 from caravan.federation.quorum import check_settings, quorum, sample, sample_again
 from caravan.federation.rounds import Failure, RoundReport, Update, check_plan, list_reasons, one_line, sort_answers
 from caravan.federation.simulation import run_in_process, run_on_ray
 from caravan.federation.strategies import Strategy
 
 if TYPE_CHECKING:
-    from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+    from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord
     from flwr.clientapp import ClientApp
     from flwr.serverapp import Grid, ServerApp
 
 __all__ = ["Failure", "RoundReport", "run_federation"]
 
-_EXAMPLES = "num-examples"  # where Flower's own strategies look for a client's weight
 _MESSAGE_SECONDS = 30 * 24 * 3600.0  # Flower drops a message after 12 hours, less than a long round on one machine
 _CONNECT_SECONDS = 60.0  # virtual nodes register in milliseconds; stock Flower would wait for them forever
 
@@ -83,9 +82,9 @@ def run_federation(
     check_settings(settings, len(clients))
     if first_round > rounds:
         return tensors
-    _import_flower(settings.backend)
-    with _quiet_flower():
-        server = _Server(tensors, clients, settings, strategy, seed, first_round, on_round)
+    import_flower(settings.backend)
+    with quiet_flower():
+        server = Server(tensors, clients, settings, strategy, seed, first_round, on_round)
         run = run_in_process if settings.backend == "inprocess" else run_on_ray
         run(_server_app(server, rounds - first_round + 1), _client_app(tuple(clients), local_train), len(clients))
     return server.tensors
@@ -96,7 +95,7 @@ class _Round:
     """A round under way: who was asked, and what came back so far.
 
     Attributes:
-        content: what every client gets.
+        arrays: the global tensors, which every client gets.
         asked: clients in the order they were asked.
         waiting: those of the latest attempt.
         updates: what can be used.
@@ -106,7 +105,7 @@ class _Round:
     """
 
     number: int
-    content: "RecordDict"
+    arrays: "ArrayRecord"
     started: float
     asked: list[str] = field(default_factory=list)
     waiting: list[str] = field(default_factory=list)
@@ -119,7 +118,7 @@ class _Round:
 
 
 @dataclass
-class _Server:
+class Server:
     """The server's side of one run: who is who, what came back, and the global tensors."""
 
     tensors: dict[str, Tensor]
@@ -129,8 +128,13 @@ class _Server:
     seed: int
     first_round: int
     on_round: OnRound | None
+    instructions: Mapping[str, str | int | float] = field(default_factory=dict)  # told to every client with every round
     names: dict[int, str] = field(default_factory=dict)  # Flower's node id -> client
     round: _Round | None = None
+
+    def meet(self, grid: "Grid") -> dict[int, str]:
+        """Who can be asked in the next round: node ids to clients, in the clients' order."""
+        return self.names or _meet(grid, self.clients)
 
     @property
     def seconds(self) -> float:
@@ -139,13 +143,9 @@ class _Server:
 
     def open_round(self, server_round: int, arrays: "ArrayRecord", grid: "Grid") -> list["Message"]:
         """Begin a round; give the messages that start it, in the clients' order."""
-        from flwr.app import ConfigRecord, RecordDict
-
-        if not self.names:
-            self.names = _meet(grid, self.clients)
+        self.names = self.meet(grid)
         number = self.first_round + server_round - 1
-        content = RecordDict({"arrays": arrays, "config": ConfigRecord({"round": number})})
-        self.round = _Round(number, content, time.perf_counter())
+        self.round = _Round(number, arrays, time.perf_counter())
         return self._ask(self.round, sample(self.clients, self.settings, seed=self.seed, number=number))
 
     def close_round(self, replies: Iterable["Message"], grid: "Grid") -> "ArrayRecord":
@@ -161,7 +161,7 @@ class _Server:
             self._take(under_way, grid.send_and_receive(messages, timeout=self.seconds))
         updates = [under_way.updates[client] for client in self.clients if client in under_way.updates]
         self.tensors = self.strategy.combine(under_way.number, updates, self.tensors)
-        arrays = _encode(self.tensors)
+        arrays = encode(self.tensors)
         report = RoundReport(
             round=under_way.number,
             asked=tuple(client for client in self.clients if client in under_way.asked),
@@ -179,16 +179,19 @@ class _Server:
         return arrays
 
     def _ask(self, under_way: _Round, clients: list[str]) -> list["Message"]:
-        from flwr.app import Message, MessageType
+        from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 
         under_way.waiting = clients
         under_way.asked += [client for client in clients if client not in under_way.asked]
-        under_way.bytes_down += _content_bytes(under_way.content) * len(clients)
-        return [
-            Message(under_way.content, node, MessageType.TRAIN, ttl=self.seconds)
-            for node, client in self.names.items()
-            if client in clients
-        ]
+        messages = []
+        for node, client in self.names.items():
+            if client in clients:
+                place = {"place": self.clients.index(client), "clients": len(self.clients)}
+                words = ConfigRecord({**self.instructions, **place, "round": under_way.number})
+                content = RecordDict({"arrays": under_way.arrays, "config": words})
+                under_way.bytes_down += content_bytes(content)
+                messages.append(Message(content, node, MessageType.TRAIN, ttl=self.seconds))
+        return messages
 
     def _ask_again(self, under_way: _Round) -> list["Message"]:
         under_way.attempt += 1
@@ -204,7 +207,8 @@ class _Server:
         return self._ask(under_way, clients)
 
     def _take(self, under_way: _Round, replies: Iterable["Message"]) -> None:
-        received = {self.names[reply.metadata.src_node_id]: reply for reply in replies}
+        # Where a reply was lost on the way, Flower makes one that no client has sent.
+        received = {client: reply for reply in replies if (client := self.names.get(reply.metadata.src_node_id))}
         answers = {client: self._answer(client, received.get(client)) for client in under_way.waiting}
         updates, failures = sort_answers(
             answers,
@@ -216,12 +220,14 @@ class _Server:
             under_way.updates[update.client] = update
             under_way.failures.pop(update.client, None)
         under_way.failures |= {failure.client: failure for failure in failures}
-        under_way.bytes_up += sum(_content_bytes(reply.content) for reply in received.values() if reply.has_content())
+        under_way.bytes_up += sum(content_bytes(reply.content) for reply in received.values() if reply.has_content())
 
     def _answer(self, client: str, reply: "Message | None") -> Update | str:
+        if client not in self.names.values():
+            return "it is not connected"
         if reply is None and self.settings.round_seconds is not None:
             return f"it did not answer in round_seconds = {self.settings.round_seconds:g}"
-        return _decode_answer(client, reply)
+        return decode_answer(client, reply)
 
     def _missed(self, under_way: _Round, reason: str) -> FederationError:
         attempts = f" in {under_way.attempt + 1} attempts" if under_way.attempt else ""
@@ -233,6 +239,26 @@ class _Server:
 
 
 def _client_app(clients: tuple[str, ...], local_train: LocalTrain) -> "ClientApp":
+    def name_of(context: "Context") -> str:
+        return clients[int(context.node_config["partition-id"])]
+
+    def train(context: "Context", words: Mapping[str, Any], received: dict[str, Tensor]) -> Update:
+        return local_train(name_of(context), received, words["round"])
+
+    return client_app(name_of, train)
+
+
+def client_app(
+    name_of: Callable[["Context"], str],
+    train_round: Callable[["Context", Mapping[str, Any], dict[str, Tensor]], Update],
+) -> "ClientApp":
+    """Make the client's side: it says its name, and answers a round's message with an update or one line why not.
+
+    Args:
+        name_of: the client's name.
+        train_round: called with Flower's context, the server's words (`round`, `place`, `clients` and its instructions)
+            and the global tensors.
+    """
     from flwr.app import ConfigRecord, Message, RecordDict
     from flwr.clientapp import ClientApp
 
@@ -240,18 +266,16 @@ def _client_app(clients: tuple[str, ...], local_train: LocalTrain) -> "ClientApp
 
     @app.query()  # Flower's node ids are random numbers: the server asks once who is behind each
     def introduce(message: "Message", context: "Context") -> "Message":
-        name = clients[int(context.node_config["partition-id"])]
-        return Message(RecordDict({"config": ConfigRecord({"client": name})}), reply_to=message)
+        return Message(RecordDict({"config": ConfigRecord({"client": name_of(context)})}), reply_to=message)
 
     @app.train()
     def train(message: "Message", context: "Context") -> "Message":
-        client = clients[int(context.node_config["partition-id"])]
         try:
-            number = cast(int, message.content.config_records["config"]["round"])
-            content = _encode_update(local_train(client, _decode(message.content.array_records["arrays"]), number))
+            received = decode(message.content.array_records["arrays"])
+            content = encode_update(train_round(context, message.content.config_records["config"], received))
         except Exception as error:
             # Caught here, not by the engine: Flower's error replies lose the exception's type on the way.
-            _log.debug("client %s failed", client, exc_info=True)
+            _log.debug("client %s failed", name_of(context), exc_info=True)
             reason = one_line(f"{type(error).__name__}: {error}")
             content = RecordDict({"config": ConfigRecord({"failure": reason})})
         return Message(content, reply_to=message)
@@ -259,100 +283,70 @@ def _client_app(clients: tuple[str, ...], local_train: LocalTrain) -> "ClientApp
     return app
 
 
-def _server_app(server: _Server, rounds: int) -> "ServerApp":
+def _server_app(server: Server, rounds: int) -> "ServerApp":
     from flwr.serverapp import ServerApp
-    from flwr.serverapp.strategy import FedAvg
-
-    class CheckedRounds(FedAvg):
-        """Flower's loop over rounds, with our sampling, checks, quorum and strategies."""
-
-        grid: "Grid"
-
-        def configure_train(
-            self, server_round: int, arrays: "ArrayRecord", config: "ConfigRecord", grid: "Grid"
-        ) -> Iterable["Message"]:
-            self.grid = grid
-            return server.open_round(server_round, arrays, grid)
-
-        def aggregate_train(
-            self, server_round: int, replies: Iterable["Message"]
-        ) -> tuple["ArrayRecord | None", "MetricRecord | None"]:
-            return server.close_round(replies, self.grid), None
 
     app = ServerApp()
 
     @app.main()
     def main(grid: "Grid", context: "Context") -> None:
-        strategy = CheckedRounds(fraction_evaluate=0.0)  # the server validates in on_round; clients are not asked
-        strategy.start(grid=grid, initial_arrays=_encode(server.tensors), num_rounds=rounds, timeout=server.seconds)
+        drive(server, grid, rounds)
 
     return app
 
 
+def drive(server: Server, grid: "Grid", rounds: int) -> None:
+    """Have Flower's loop run so many rounds; `server.tensors` are the result."""
+    from flwr.serverapp.strategy import FedAvg
+
+    class CheckedRounds(FedAvg):
+        """Flower's loop over rounds, with our sampling, checks, quorum and strategies."""
+
+        def configure_train(
+            self, server_round: int, arrays: "ArrayRecord", config: "ConfigRecord", grid: "Grid"
+        ) -> Iterable["Message"]:
+            return server.open_round(server_round, arrays, grid)
+
+        def aggregate_train(
+            self, server_round: int, replies: Iterable["Message"]
+        ) -> tuple["ArrayRecord | None", "MetricRecord | None"]:
+            return server.close_round(replies, grid), None
+
+    strategy = CheckedRounds(fraction_evaluate=0.0)  # the server validates in on_round; clients are not asked
+    strategy.start(grid=grid, initial_arrays=encode(server.tensors), num_rounds=rounds, timeout=server.seconds)
+
+
 def _meet(grid: "Grid", clients: Sequence[str]) -> dict[int, str]:
     """Ask every node which client it is: node ids to names, in the clients' order."""
-    from flwr.app import Message, MessageType, RecordDict
-
     deadline = time.monotonic() + _CONNECT_SECONDS
     while len(nodes := sorted(grid.get_node_ids())) < len(clients):
         if time.monotonic() > deadline:
             raise FederationError(f"only {len(nodes)} of {len(clients)} nodes came up; start the run again")
         time.sleep(0.02)
-    questions = [Message(RecordDict(), node, MessageType.QUERY, ttl=_MESSAGE_SECONDS) for node in nodes]
-    names: dict[int, str] = {}
-    for reply in grid.send_and_receive(questions):
-        if reply.has_error():
-            raise FederationError(f"a client's process does not start: {one_line(str(reply.error.reason))}; repair it")
-        names[reply.metadata.src_node_id] = str(reply.content.config_records["config"]["client"])
+    names = ask_names(grid, nodes)
     return dict(sorted(names.items(), key=lambda item: clients.index(item[1])))
 
 
-def _encode(tensors: Mapping[str, Tensor]) -> "ArrayRecord":
-    from flwr.app import Array, ArrayRecord
+def ask_names(grid: "Grid", nodes: Iterable[int], *, strict: bool = True) -> dict[int, str]:
+    """Have nodes introduce themselves: node ids to the names they say.
 
-    return ArrayRecord({name: Array(tensor.detach().cpu().contiguous().numpy()) for name, tensor in tensors.items()})
+    Raises:
+        FederationError: one of them cannot start its client, and `strict` is set; otherwise it is left out.
+    """
+    from flwr.app import Message, MessageType, RecordDict
 
-
-def _decode(arrays: "ArrayRecord") -> dict[str, Tensor]:
-    return {name: torch.from_numpy(array.numpy()) for name, array in arrays.items()}
-
-
-def _encode_update(update: Update) -> "RecordDict":
-    from flwr.app import MetricRecord, RecordDict
-
-    if not isinstance(update, Update):
-        raise FederationError(f"local_train returned {type(update).__name__}; return a rounds.Update")
-    if type(update.examples) is not int:  # a bool or a NumPy number would not survive the journey
-        raise FederationError(f"the example count is {update.examples!r}; a whole number from 1 on is needed")
-    if _EXAMPLES in update.metrics:
-        raise FederationError(f"a metric is named {_EXAMPLES}, which Flower reserves; rename it")
-    metrics = {name: float(value) for name, value in update.metrics.items()}
-    return RecordDict(
-        {"arrays": _encode(update.tensors), "metrics": MetricRecord({**metrics, _EXAMPLES: update.examples})}
-    )
+    questions = [Message(RecordDict(), node, MessageType.QUERY, ttl=_MESSAGE_SECONDS) for node in nodes]
+    names: dict[int, str] = {}
+    for reply in grid.send_and_receive(questions):
+        if reply.has_error() and not strict:
+            continue
+        if reply.has_error():
+            raise FederationError(f"a client's process does not start: {one_line(str(reply.error.reason))}; repair it")
+        names[reply.metadata.src_node_id] = str(reply.content.config_records["config"]["client"])
+    return names
 
 
-def _decode_answer(client: str, reply: "Message | None") -> Update | str:
-    """The client's update, or one line that says why there is none."""
-    if reply is None:
-        return "it did not answer"
-    if reply.has_error():
-        return one_line(str(reply.error.reason))
-    try:
-        if "config" in reply.content.config_records:
-            return one_line(str(reply.content.config_records["config"]["failure"]))
-        metrics = dict(reply.content.metric_records["metrics"])
-        examples = cast(int, metrics.pop(_EXAMPLES))
-        return Update(client, _decode(reply.content.array_records["arrays"]), examples, cast(dict[str, float], metrics))
-    except Exception as error:  # whatever a client sends, it must not end the run of the others
-        return one_line(f"its reply cannot be read: {type(error).__name__}: {error}")
-
-
-def _content_bytes(content: "RecordDict") -> int:
-    return sum(len(array.data) for arrays in content.array_records.values() for array in arrays.values())
-
-
-def _import_flower(backend: str) -> None:
+def import_flower(backend: str = "inprocess") -> None:
     """Load Flower before anything of a run exists, so that its absence is the first thing said."""
     # Flower reads these once, while it loads. A user's own setting stands.
     for variable, value in {
@@ -379,7 +373,7 @@ def _import_flower(backend: str) -> None:
 
 
 @contextmanager
-def _quiet_flower() -> Iterator[None]:
+def quiet_flower() -> Iterator[None]:
     """Keep Flower's own log lines off the user's terminal; what matters of them is in the reports and errors."""
     logger = logging.getLogger("flwr")
     before, logger.disabled = logger.disabled, True

@@ -121,4 +121,4 @@ def _remedy(settings: FederationConfig) -> str:
 
 def _shuffled(clients: Sequence[str], seed: int, number: int, attempt: int) -> list[str]:
     order = np.random.default_rng([seed, number, attempt]).permutation(len(clients)).tolist()
-    return [clients[place] for place in order]
+    return [clients[int(place)] for place in order]
