@@ -35,6 +35,7 @@ BOUNDED = {
     "federation.min_clients": (1, 0),
     "federation.round_retries": (0, -1),
     "federation.round_seconds": (0.1, 0.0),
+    "federation.codec": ("int8", "zip"),
     "federation.max_update_norm": (1e-9, 0.0),
     "federation.max_examples": (1, 0),
     "federation.proximal_mu": (1e-9, 0.0),

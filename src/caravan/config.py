@@ -144,6 +144,8 @@ class FederationConfig:
     # What an update may be. There is no bound that fits every backbone and rate: the reports show what is usual.
     max_update_norm: PositiveFloat | None = None  # L2 distance from the round's start, all tensors together
     max_examples: PositiveInt | None = None  # a client's weight is its own claim: set it to the largest honest shard
+    codec: Literal["none", "float32", "float16", "int8"] = "none"  # what clients send: their tensors, bit for bit; or
+    # what changed, packed, where the line is slow
     # How updates become the new global tensors.
     strategy: StrategyName = "fedavg"  # one client equals central training, and nothing needs tuning
     proximal_mu: PositiveFloat = 0.01  # fedprox: the middle of the grid in its paper (arXiv:1812.06127)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from caravan.config import FederationConfig
 from caravan.errors import FederationError
-from caravan.federation.messages import content_bytes, decode, decode_answer, encode, encode_update
+from caravan.federation.messages import content_bytes, decode, decode_answer, encode, encode_update, pack_update
 from caravan.federation.quorum import check_settings, quorum, sample, sample_again
 from caravan.federation.rounds import Failure, RoundReport, Update, check_plan, list_reasons, one_line, sort_answers
 from caravan.federation.simulation import run_in_process, run_on_ray
@@ -183,11 +183,12 @@ class Server:
 
         under_way.waiting = clients
         under_way.asked += [client for client in clients if client not in under_way.asked]
+        packing = {"codec": self.settings.codec, "seed": self.seed}
         messages = []
         for node, client in self.names.items():
             if client in clients:
                 place = {"place": self.clients.index(client), "clients": len(self.clients)}
-                words = ConfigRecord({**self.instructions, **place, "round": under_way.number})
+                words = ConfigRecord({**self.instructions, **place, **packing, "round": under_way.number})
                 content = RecordDict({"arrays": under_way.arrays, "config": words})
                 under_way.bytes_down += content_bytes(content)
                 messages.append(Message(content, node, MessageType.TRAIN, ttl=self.seconds))
@@ -227,7 +228,7 @@ class Server:
             return "it is not connected"
         if reply is None and self.settings.round_seconds is not None:
             return f"it did not answer in round_seconds = {self.settings.round_seconds:g}"
-        return decode_answer(client, reply)
+        return decode_answer(client, reply, self.settings.codec, self.tensors)
 
     def _missed(self, under_way: _Round, reason: str) -> FederationError:
         attempts = f" in {under_way.attempt + 1} attempts" if under_way.attempt else ""
@@ -271,8 +272,11 @@ def client_app(
     @app.train()
     def train(message: "Message", context: "Context") -> "Message":
         try:
-            received = decode(message.content.array_records["arrays"])
-            content = encode_update(train_round(context, message.content.config_records["config"], received))
+            arrays, words = message.content.array_records["arrays"], message.content.config_records["config"]
+            update = train_round(context, words, decode(arrays))
+            if words["codec"] != "none":
+                update = pack_update(update, arrays, context.state, words)
+            content = encode_update(update)
         except Exception as error:
             # Caught here, not by the engine: Flower's error replies lose the exception's type on the way.
             _log.debug("client %s failed", name_of(context), exc_info=True)

@@ -1,12 +1,15 @@
 """Tensors and updates as Flower's records, and back."""
 
+import zlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, cast
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from caravan.errors import FederationError
+from caravan.federation.codec import Codec, Kind, add, subtract
 from caravan.federation.rounds import Update, one_line
 
 if TYPE_CHECKING:
@@ -47,8 +50,35 @@ def encode_update(update: Update) -> "RecordDict":
     )
 
 
-def decode_answer(client: str, reply: "Message | None") -> Update | str:
-    """Read a client's reply: its update, or one line that says why there is none."""
+def pack_update(update: Update, start: "ArrayRecord", state: "RecordDict", words: Mapping[str, Any]) -> Update:
+    """Have an update hold what changed since the round's start, packed as the server asks.
+
+    Args:
+        update: with the tensors after the training.
+        start: the global tensors it began with.
+        state: what Flower keeps for this client between rounds: what earlier packing has left over, a step of rounding
+            at most.
+        words: the server's: `codec`, and `seed` and `round`, which with the client's name decide how steps are rounded.
+    """
+    records = state.array_records
+    residual = decode(records["residual"]) if "residual" in records else {}
+    seed = zlib.crc32(f"{words['seed']}/{update.client}/{words['round']}".encode())
+    packed, left = Codec(words["codec"]).encode(subtract(update.tensors, decode(start)), residual, seed)
+    records["residual"] = encode(left)
+    return replace(update, tensors=packed)
+
+
+def decode_answer(
+    client: str, reply: "Message | None", codec: Literal["none"] | Kind, reference: Mapping[str, Tensor]
+) -> Update | str:
+    """Read a client's reply: its update, or one line that says why there is none.
+
+    Args:
+        client: who should have sent it.
+        reply: what came.
+        codec: how its tensors are packed.
+        reference: the global tensors at the round's start, to which a packed change is added.
+    """
     if reply is None:
         return "it did not answer"
     if reply.has_error():
@@ -58,7 +88,12 @@ def decode_answer(client: str, reply: "Message | None") -> Update | str:
             return one_line(str(reply.content.config_records["config"]["failure"]))
         metrics = dict(reply.content.metric_records["metrics"])
         examples = cast(int, metrics.pop(_EXAMPLES))
-        return Update(client, decode(reply.content.array_records["arrays"]), examples, cast(dict[str, float], metrics))
+        tensors = decode(reply.content.array_records["arrays"])
+        if codec != "none":
+            tensors = add(reference, Codec(codec).decode(tensors, reference))
+        return Update(client, tensors, examples, cast(dict[str, float], metrics))
+    except FederationError as error:
+        return one_line(str(error))
     except Exception as error:  # whatever a client sends, it must not end the run of the others
         return one_line(f"its reply cannot be read: {type(error).__name__}: {error}")
 
