@@ -47,6 +47,7 @@ def assert_same_model(folder: Path, theirs: dict[str, torch.Tensor]) -> None:
         torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=1e-5, msg=name)
 
 
+@pytest.mark.slow  # a second process of Flower's where the machine is too busy for the first: see docs/federation.md
 def test_two_nodes_with_keys_train_one_round_over_tls_to_the_model_of_the_simulation(place, tmp_path):
     dataset = replace(DATASET, train=[example for example in DATASET.train if example.columns["site"] != "north"])
     folder = make(tmp_path / "fed", place, place.config(mode="head", federation={"rounds": 1}), ("east", "west"))
