@@ -5,6 +5,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,6 @@ class Comparison:
     Attributes:
         dataset: where training queries and documents come from.
         split: "test", or "validation" where there is no test split.
-        passages: what the rivals that are trained learn from beside the training queries, as ours do.
         rows: the lines so far.
     """
 
@@ -73,7 +73,6 @@ class Comparison:
         self.split, self.examples = evaluation_split(dataset)
         self.gold = [dataset.catalogue.gold_rows(example) for example in self.examples]
         self.texts = [example.text for example in self.examples]
-        self.passages = document_passages(dataset.catalogue, config.training.passages)
         self.rows: list[Row] = []
 
     def add_ranking(self, name: str, make: Callable[[], Ranking], *, seconds: float = 0.0) -> Row:
@@ -146,6 +145,11 @@ class Comparison:
         self._fit_head(retriever, "random backbone")
         self.add_retriever("random backbone", retriever, seconds=time.perf_counter() - started)
 
+    @cached_property
+    def _passages(self) -> list[Example]:
+        """What the rivals that are trained learn from beside the training queries, as ours do."""
+        return document_passages(self.dataset.catalogue, self.config.training.passages)
+
     def _fit_head(self, retriever: Retriever, name: str) -> None:
         fit(
             retriever,
@@ -153,7 +157,7 @@ class Comparison:
             "head",
             self.config.training,
             seed=self.config.seed,
-            passages=self.passages,
+            passages=self._passages,
             validation=self.dataset.validation if self.config.training.patience else (),
             store=self.store,
             report=prefixed(self.report, f"{name}: "),

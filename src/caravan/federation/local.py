@@ -11,7 +11,7 @@ from caravan.federation.rounds import Update
 from caravan.model.retriever import Retriever
 from caravan.training.features import FeatureStore
 from caravan.training.progress import Report, prefixed
-from caravan.training.trainer import Stage, fit
+from caravan.training.trainer import Stage, fit, trained_parameters
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Part:
 
 def trained_names(retriever: Retriever, stage: Stage) -> list[str]:
     """The names of the tensors that a stage trains and sends."""
-    return [name for name, _ in retriever.named_trainables() if stage == "adapter" or name.startswith("head.")]
+    return list(trained_parameters(retriever, stage))
 
 
 def train_client(

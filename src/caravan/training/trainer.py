@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from caravan.config import AdapterStageConfig, HeadStageConfig, TrainingConfig
 from caravan.data.records import Example
@@ -115,6 +116,15 @@ def fit(
     return training.history
 
 
+def trained_parameters(retriever: Retriever, stage: Stage) -> dict[str, Parameter]:
+    """What a stage trains, by the names of `Retriever.named_trainables`."""
+    return {
+        name: parameter
+        for name, parameter in retriever.named_trainables()
+        if stage == "adapter" or name.startswith("head.")
+    }
+
+
 class _Fit:
     """The state of one call of `fit`."""
 
@@ -146,11 +156,7 @@ class _Fit:
             device=retriever.encoder.device,
         )
         self.validation_gold = [set(retriever.catalogue.gold_rows(example)) for example in validation]
-        self.parameters = {
-            name: parameter
-            for name, parameter in retriever.named_trainables()
-            if stage == "adapter" or name.startswith("head.")
-        }
+        self.parameters = trained_parameters(retriever, stage)
         self.proximal_mu = proximal_mu
         self.anchors = {
             name: parameter.detach().clone() for name, parameter in self.parameters.items() if proximal_mu > 0
