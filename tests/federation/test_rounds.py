@@ -1,3 +1,4 @@
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -14,8 +15,8 @@ from caravan.federation.rounds import (
     average,
     check,
     check_plan,
+    judge,
     list_reasons,
-    sort_answers,
     update_norm,
 )
 
@@ -65,6 +66,20 @@ def test_the_average_does_not_depend_on_who_answered_first():
     ]
     assert torch.equal(average(updates)["head"], average(updates[::-1])["head"])
     assert torch.equal(average(updates)["head"], average(updates[4:] + updates[:4])["head"])
+
+
+def test_updates_are_averaged_as_they_come_and_not_kept():
+    alive = []
+
+    def come():
+        for index in range(20):
+            one = Update(f"c{index}", {"head": torch.full((8,), float(index))}, 1)
+            alive.append(weakref.ref(one.tensors["head"]))
+            yield one
+            del one
+            assert sum(reference() is not None for reference in alive) <= 2  # the first gives the form
+
+    assert average(come())["head"].tolist() == [9.5] * 8
 
 
 def test_the_average_of_equal_updates_is_that_update():
@@ -163,19 +178,13 @@ def test_a_bad_example_count_is_refused_with_the_client_and_the_count(examples):
     assert repr(examples) in str(caught.value)
 
 
-def test_the_usable_answers_are_parted_from_the_others():
-    answers = {
-        "west": update("west", [2.0, 4.0], examples=1),
-        "north": "ValueError: no data",
-        "south": update("south", [float("nan"), 0.0]),
-        "east": update("east", [4.0, 8.0], examples=3),
-    }
-    updates, failures = sort_answers(answers, REFERENCE)
-    assert updates == [answers["west"], answers["east"]]
-    assert failures == [
-        Failure("north", "ValueError: no data"),
-        Failure("south", "1 of 2 values of tensor head are not finite; lower its learning rate"),
-    ]
+def test_an_answer_is_its_update_or_the_reason_why_there_is_none():
+    usable = update("west", [2.0, 4.0], examples=1)
+    assert judge("west", usable, REFERENCE) is usable
+    assert judge("north", "ValueError: no data", REFERENCE) == Failure("north", "ValueError: no data")
+    assert judge("south", update("south", [float("nan"), 0.0]), REFERENCE) == Failure(
+        "south", "1 of 2 values of tensor head are not finite; lower its learning rate"
+    )
 
 
 def test_an_update_may_go_as_far_as_the_bound_and_no_farther():
@@ -198,11 +207,10 @@ def test_an_example_count_may_reach_the_cap_and_no_more():
         check(update("oslo", [1.0, 1.0], examples=51), REFERENCE, max_examples=50)
 
 
-def test_answers_are_parted_by_the_bounds_too():
+def test_an_answer_is_judged_by_the_bounds_too():
     answers = {"a": update("a", [9.0, 0.0]), "b": update("b", [1.0, 0.0], examples=9), "c": update("c", [1.0, 0.0])}
-    updates, failures = sort_answers(answers, REFERENCE, max_update_norm=2.0, max_examples=5)
-    assert updates == [answers["c"]]
-    assert [failure.client for failure in failures] == ["a", "b"]
+    verdicts = [judge(name, answer, REFERENCE, max_update_norm=2.0, max_examples=5) for name, answer in answers.items()]
+    assert [isinstance(verdict, Failure) for verdict in verdicts] == [True, True, False]
 
 
 def test_a_reason_that_many_clients_share_is_said_once():

@@ -17,7 +17,7 @@ from caravan.config import FederationConfig
 from caravan.errors import FederationError
 from caravan.federation.messages import content_bytes, decode, decode_answer, encode, encode_update, pack_update
 from caravan.federation.quorum import check_settings, quorum, sample, sample_again
-from caravan.federation.rounds import Failure, RoundReport, Update, check_plan, list_reasons, one_line, sort_answers
+from caravan.federation.rounds import Failure, RoundReport, Update, check_plan, judge, list_reasons, one_line
 from caravan.federation.simulation import run_in_process, run_on_ray
 from caravan.federation.strategies import Strategy
 
@@ -98,8 +98,8 @@ class _Round:
         arrays: the global tensors, which every client gets.
         asked: clients in the order they were asked.
         waiting: those of the latest attempt.
-        updates: what can be used.
-        failures: why the others cannot, by client.
+        used: example count and metrics of those whose updates are used.
+        failures: why the others' are not, by client.
         retried: failures after which the round went on to another attempt.
         attempt: 0 at first.
     """
@@ -109,7 +109,7 @@ class _Round:
     started: float
     asked: list[str] = field(default_factory=list)
     waiting: list[str] = field(default_factory=list)
-    updates: dict[str, Update] = field(default_factory=dict)
+    used: dict[str, tuple[int, dict[str, float]]] = field(default_factory=dict)
     failures: dict[str, Failure] = field(default_factory=dict)
     retried: list[Failure] = field(default_factory=list)
     attempt: int = 0
@@ -152,22 +152,15 @@ class Server:
         """Check what came back, ask again if it is too little, report it, and return the new global tensors."""
         under_way, self.round = self.round, None
         assert under_way is not None
-        self._take(under_way, replies)
-        needed, reason = quorum(self.settings)
-        while len(under_way.updates) < needed:
-            if under_way.attempt == self.settings.round_retries:
-                raise self._missed(under_way, reason)
-            messages = self._ask_again(under_way)
-            self._take(under_way, grid.send_and_receive(messages, timeout=self.seconds))
-        updates = [under_way.updates[client] for client in self.clients if client in under_way.updates]
-        self.tensors = self.strategy.combine(under_way.number, updates, self.tensors)
+        self.tensors = self.strategy.combine(under_way.number, self._usable(under_way, replies, grid), self.tensors)
+        used = [client for client in self.clients if client in under_way.used]
         arrays = encode(self.tensors)
         report = RoundReport(
             round=under_way.number,
             asked=tuple(client for client in self.clients if client in under_way.asked),
-            clients=tuple(update.client for update in updates),
-            examples=tuple(update.examples for update in updates),
-            metrics=tuple(update.metrics for update in updates),
+            clients=tuple(used),
+            examples=tuple(under_way.used[client][0] for client in used),
+            metrics=tuple(under_way.used[client][1] for client in used),
             failures=tuple(under_way.failures[client] for client in self.clients if client in under_way.failures),
             retried=tuple(under_way.retried),
             bytes_up=under_way.bytes_up,
@@ -181,18 +174,30 @@ class Server:
     def _ask(self, under_way: _Round, clients: list[str]) -> list["Message"]:
         from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 
+        wanted, before = set(clients), set(under_way.asked)
         under_way.waiting = clients
-        under_way.asked += [client for client in clients if client not in under_way.asked]
+        under_way.asked += [client for client in clients if client not in before]
         packing = {"codec": self.settings.codec, "seed": self.seed}
+        places = {client: place for place, client in enumerate(self.clients)}
         messages = []
         for node, client in self.names.items():
-            if client in clients:
-                place = {"place": self.clients.index(client), "clients": len(self.clients)}
+            if client in wanted:
+                place = {"place": places[client], "clients": len(places)}
                 words = ConfigRecord({**self.instructions, **place, **packing, "round": under_way.number})
                 content = RecordDict({"arrays": under_way.arrays, "config": words})
                 under_way.bytes_down += content_bytes(content)
                 messages.append(Message(content, node, MessageType.TRAIN, ttl=self.seconds))
         return messages
+
+    def _usable(self, under_way: _Round, replies: Iterable["Message"], grid: "Grid") -> Iterator[Update]:
+        """Give the round's updates as they come; ask again where they are too few, and raise where they stay so."""
+        yield from self._take(under_way, replies)
+        needed, reason = quorum(self.settings)
+        while len(under_way.used) < needed:
+            if under_way.attempt == self.settings.round_retries:
+                raise self._missed(under_way, reason)
+            messages = self._ask_again(under_way)
+            yield from self._take(under_way, grid.send_and_receive(messages, timeout=self.seconds))
 
     def _ask_again(self, under_way: _Round) -> list["Message"]:
         under_way.attempt += 1
@@ -207,34 +212,44 @@ class Server:
         )
         return self._ask(under_way, clients)
 
-    def _take(self, under_way: _Round, replies: Iterable["Message"]) -> None:
-        # Where a reply was lost on the way, Flower makes one that no client has sent.
-        received = {client: reply for reply in replies if (client := self.names.get(reply.metadata.src_node_id))}
-        answers = {client: self._answer(client, received.get(client)) for client in under_way.waiting}
-        updates, failures = sort_answers(
-            answers,
-            self.tensors,
-            max_update_norm=self.settings.max_update_norm,
-            max_examples=self.settings.max_examples,
-        )
-        for update in updates:
-            under_way.updates[update.client] = update
-            under_way.failures.pop(update.client, None)
-        under_way.failures |= {failure.client: failure for failure in failures}
-        under_way.bytes_up += sum(content_bytes(reply.content) for reply in received.values() if reply.has_content())
+    def _take(self, under_way: _Round, replies: Iterable["Message"]) -> Iterator[Update]:
+        connected, waiting = set(self.names.values()), dict.fromkeys(under_way.waiting)
+        for reply in replies:
+            client = self.names.get(reply.metadata.src_node_id, "")
+            if client not in waiting:
+                continue  # where a reply was lost on the way, Flower makes one that no client has sent
+            del waiting[client]
+            if reply.has_content():
+                under_way.bytes_up += content_bytes(reply.content)
+            answer = decode_answer(client, reply, self.settings.codec, self.tensors)
+            verdict = judge(
+                client,
+                answer,
+                self.tensors,
+                max_update_norm=self.settings.max_update_norm,
+                max_examples=self.settings.max_examples,
+            )
+            if isinstance(verdict, Failure):
+                under_way.failures[client] = verdict
+                continue
+            under_way.used[client] = (verdict.examples, verdict.metrics)
+            under_way.failures.pop(client, None)
+            yield verdict
+        for client in waiting:
+            under_way.failures[client] = Failure(client, self._silence(client, connected))
 
-    def _answer(self, client: str, reply: "Message | None") -> Update | str:
-        if client not in self.names.values():
+    def _silence(self, client: str, connected: set[str]) -> str:
+        if client not in connected:
             return "it is not connected"
-        if reply is None and self.settings.round_seconds is not None:
+        if self.settings.round_seconds is not None:
             return f"it did not answer in round_seconds = {self.settings.round_seconds:g}"
-        return decode_answer(client, reply, self.settings.codec, self.tensors)
+        return "it did not answer"
 
     def _missed(self, under_way: _Round, reason: str) -> FederationError:
         attempts = f" in {under_way.attempt + 1} attempts" if under_way.attempt else ""
         failures = [under_way.failures[client] for client in self.clients if client in under_way.failures]
         return FederationError(
-            f"round {under_way.number}: {len(under_way.updates)} of {len(under_way.asked)} clients sent a usable "
+            f"round {under_way.number}: {len(under_way.used)} of {len(under_way.asked)} clients sent a usable "
             f"update{attempts}, {reason} ({list_reasons(failures)}); repair those clients or ask less of a round"
         )
 

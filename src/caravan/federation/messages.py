@@ -69,7 +69,7 @@ def pack_update(update: Update, start: "ArrayRecord", state: "RecordDict", words
 
 
 def decode_answer(
-    client: str, reply: "Message | None", codec: Literal["none"] | Kind, reference: Mapping[str, Tensor]
+    client: str, reply: "Message", codec: Literal["none"] | Kind, reference: Mapping[str, Tensor]
 ) -> Update | str:
     """Read a client's reply: its update, or one line that says why there is none.
 
@@ -79,8 +79,6 @@ def decode_answer(
         codec: how its tensors are packed.
         reference: the global tensors at the round's start, to which a packed change is added.
     """
-    if reply is None:
-        return "it did not answer"
     if reply.has_error():
         return one_line(str(reply.error.reason))
     try:

@@ -1,6 +1,5 @@
 """One round without an engine: what a client sends, whether it may be used, and the average of what may."""
 
-import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -118,13 +117,14 @@ def update_norm(update: Update, reference: Mapping[str, Tensor]) -> float:
     return math.hypot(*(float(torch.linalg.vector_norm(change)) for change in changes))
 
 
-def average(updates: Sequence[Update]) -> dict[str, Tensor]:
+def average(updates: Iterable[Update]) -> dict[str, Tensor]:
     r"""Average the updates of a round, each weighted by its examples (FedAvg; arXiv:1602.05629, algorithm 1).
 
     $$ \theta = \sum_i \frac{n_i}{n} \theta_i, \quad n = \sum_i n_i $$
 
-    The sum runs in float64 and in the order of the clients' names, so the result does not depend on who answered first;
-    with float32 tensors the average of equal updates is that update, bit for bit.
+    Updates are added up as they come, so a thousand of them need the memory of a few. Sums are kept in twice float64's
+    digits (Knuth's two-sum), so the result does not depend on who answered first; with float32 tensors the average of
+    equal updates is that update, bit for bit.
 
     Args:
         updates: one or more, of distinct clients and equal form. Values are not looked at: `check` them before.
@@ -135,59 +135,64 @@ def average(updates: Sequence[Update]) -> dict[str, Tensor]:
     Raises:
         FederationError: there is no update, a client comes twice, or the updates differ in names, shapes or dtypes.
     """
-    if not updates:
-        raise FederationError("there is no update to average: every client failed or was refused; see their reasons")
-    ordered = sorted(updates, key=lambda update: update.client)
-    for before, update in itertools.pairwise(ordered):
-        if before.client == update.client:
+    first: Update | None = None
+    clients: set[str] = set()
+    total = 0
+    sums: dict[str, tuple[Tensor, Tensor]] = {}
+    for update in updates:
+        if update.client in clients:
             raise _refused(update, "it sent two updates for one round; send one")
-    reference = ordered[0].tensors
-    for update in ordered:
-        _check_form(update, reference)
-    if len(ordered) == 1:
-        return {name: tensor.detach().clone() for name, tensor in reference.items()}
-    total = sum(update.examples for update in ordered)
-    averaged = {}
-    for name, tensor in reference.items():
-        weighted = torch.zeros(tensor.shape, dtype=torch.float64, device=tensor.device)
-        for update in ordered:
+        first = first or update
+        _check_form(update, first.tensors)
+        clients.add(update.client)
+        total += update.examples
+        for name, tensor in first.tensors.items():
+            if name not in sums:
+                zeros = torch.zeros(tensor.shape, dtype=torch.float64, device=tensor.device)
+                sums[name] = (zeros, zeros.clone())
             # n_i * theta_i is exact for float32 values: dividing once at the end rounds less than weights n_i/n.
-            weighted += update.tensors[name].detach().to(weighted) * float(update.examples)
-        averaged[name] = (weighted / float(total)).to(tensor.dtype)
-    return averaged
+            _add(*sums[name], update.tensors[name].detach().to(sums[name][0]) * float(update.examples))
+    if first is None:
+        raise FederationError("there is no update to average: every client failed or was refused; see their reasons")
+    if len(clients) == 1:
+        return {name: tensor.detach().clone() for name, tensor in first.tensors.items()}
+    return {
+        name: ((high + low) / float(total)).to(first.tensors[name].dtype) for name, (high, low) in sums.items()
+    }
 
 
-def sort_answers(
-    answers: Mapping[str, Update | str],
+def _add(high: Tensor, low: Tensor, term: Tensor) -> None:
+    """Add to a sum that is kept in two parts; `low` takes what rounding `high` loses."""
+    total = high + term
+    taken = total - high
+    low += (high - (total - taken)) + (term - taken)
+    high.copy_(total)
+
+
+def judge(
+    client: str,
+    answer: Update | str,
     reference: Mapping[str, Tensor],
     *,
     max_update_norm: float | None = None,
     max_examples: int | None = None,
-) -> tuple[list[Update], list[Failure]]:
+) -> Update | Failure:
     """Part what is usable of a round's answers from what is not.
 
     Args:
-        answers: for each client its update, or one line that says why there is none.
+        client: who was asked.
+        answer: its update, or one line that says why there is none.
         reference: the global tensors the round began with.
         max_update_norm: see `check`.
         max_examples: see `check`.
-
-    Returns:
-        The updates that passed, and the clients that sent none; both in the order of the answers.
     """
-    updates: list[Update] = []
-    failures: list[Failure] = []
-    for client, answer in answers.items():
-        if isinstance(answer, str):
-            failures.append(Failure(client, answer))
-            continue
-        try:
-            check(answer, reference, max_update_norm=max_update_norm, max_examples=max_examples)
-        except FederationError as error:
-            failures.append(Failure(client, str(error).removeprefix(_prefix(answer))))
-        else:
-            updates.append(answer)
-    return updates, failures
+    if isinstance(answer, str):
+        return Failure(client, answer)
+    try:
+        check(answer, reference, max_update_norm=max_update_norm, max_examples=max_examples)
+    except FederationError as error:
+        return Failure(client, str(error).removeprefix(_prefix(answer)))
+    return answer
 
 
 def list_reasons(failures: Sequence[Failure]) -> str:

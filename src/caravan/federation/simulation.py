@@ -7,7 +7,6 @@ same messages, same strategy, but no threads and no polling, so the order is fix
 import threading
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
-from uuid import uuid4
 
 from caravan.errors import FederationError
 from caravan.federation.rounds import one_line
@@ -35,11 +34,10 @@ def run_in_process(server_app: "ServerApp", client_app: "ClientApp", clients: in
         return Context(run_id=1, node_id=node, node_config=node_config, state=RecordDict(), run_config={})
 
     class InProcessGrid(Grid):
-        """A network of nodes that answer a message while it is sent, one after another, in the calling thread."""
+        """A network of nodes that answer one after another, in the calling thread."""
 
         def __init__(self) -> None:
             self._run = Run.create_empty(run_id=1)
-            self._replies: dict[str, Message] = {}
             self._contexts = {
                 2 + partition: context_of(2 + partition, {"partition-id": partition, "num-partitions": clients})
                 for partition in range(clients)
@@ -61,17 +59,15 @@ def run_in_process(server_app: "ServerApp", client_app: "ClientApp", clients: in
             return list(self._contexts)
 
         def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-            pushed = []
-            for message in messages:
-                pushed.append(uuid4().hex)
-                self._replies[pushed[-1]] = client_app(message, self._contexts[message.metadata.dst_node_id])
-            return pushed
+            raise NotImplementedError("here a message is answered while it is sent; use send_and_receive")
 
         def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-            return [self._replies.pop(message_id) for message_id in message_ids if message_id in self._replies]
+            raise NotImplementedError("here a message is answered while it is sent; use send_and_receive")
 
         def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-            return self.pull_messages(self.push_messages(messages))
+            """Have a client work when its reply is asked for: of a thousand replies one is in memory at a time."""
+            for message in messages:
+                yield client_app(message, self._contexts[message.metadata.dst_node_id])
 
     server_app(InProcessGrid(), context_of(1, {}))
 

@@ -1,6 +1,6 @@
 """How a round's usable updates become the new global tensors: our average, or Flower's strategies over them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,12 +43,13 @@ class Strategy:
         self.settings = settings
         self._state: dict[str, Tensor] = {}
 
-    def combine(self, number: int, updates: Sequence[Update], reference: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def combine(self, number: int, updates: Iterable[Update], reference: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Make the new global tensors of a round.
 
         Args:
             number: the round, counted over the whole training: FedAdam corrects its early rounds.
-            updates: checked, of distinct clients, at least as many as `quorum.quorum` says, in any order.
+            updates: checked, of distinct clients, at least as many as `quorum.quorum` says, in any order. Averages take
+                them one by one; the robust strategies need all at once.
             reference: the global tensors the round began with.
 
         Returns:
