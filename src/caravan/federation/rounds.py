@@ -156,9 +156,7 @@ def average(updates: Iterable[Update]) -> dict[str, Tensor]:
         raise FederationError("there is no update to average: every client failed or was refused; see their reasons")
     if len(clients) == 1:
         return {name: tensor.detach().clone() for name, tensor in first.tensors.items()}
-    return {
-        name: ((high + low) / float(total)).to(first.tensors[name].dtype) for name, (high, low) in sums.items()
-    }
+    return {name: ((high + low) / float(total)).to(first.tensors[name].dtype) for name, (high, low) in sums.items()}
 
 
 def _add(high: Tensor, low: Tensor, term: Tensor) -> None:
