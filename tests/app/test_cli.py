@@ -72,7 +72,8 @@ def shown(command: str) -> str:
 
 
 def test_the_commands_are_those_of_the_manual():
-    assert list(TREE.commands) == ["demo", "train", "evaluate", "compare", "search", "info", "federate"]
+    names = ["demo", "train", "evaluate", "compare", "compare communication", "search", "info", "federate"]
+    assert list(TREE.commands) == names
     assert list(GROUP) == ["init", "server", "client", "submit", "status"]
 
 

@@ -1,28 +1,27 @@
 """The command line: parse, call one function, print."""
 
 import io
-import json
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from caravan import __version__
-from caravan.app import federate
+from caravan.app import communicate, federate
+from caravan.app.command import Config, Json, Set, TwoWords, print_json, work
 from caravan.app.options import build_config, parse_settings
 from caravan.errors import CaravanError
 
 if TYPE_CHECKING:
     from caravan.app.comparison import Comparison
-    from caravan.app.display import Bars
 
 app = typer.Typer(
+    cls=TwoWords,
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
@@ -40,20 +39,12 @@ Only adapter and head are trained, saved and sent.
 """,
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output instead of text.")]
 Report = Annotated[
     str | None,
     typer.Option(metavar="DIR", help="Also write results.json, table.md, plots, TREC runs and qrels into this folder."),
 ]
 Rivals = Annotated[
     bool | None, typer.Option("--baselines/--no-baselines", help="Print BM25, MIPS, centroids, 1-NN, ... beside ours.")
-]
-Config = Annotated[
-    str | None, typer.Option("--config", "-c", metavar="FILE", help="A TOML file; options given here win over it.")
-]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Any setting, e.g. --set head.hidden=0. Repeatable."),
 ]
 
 
@@ -85,7 +76,7 @@ def demo(
 
     settings = build_config(config, setting, {})
     _check_report(report)
-    with _work(as_json) as bars:
+    with work(as_json) as bars:
         result = run_demo(settings, out, report=bars)
     extra = {"model": out, "searches": result.searches_dict()}
     _show_comparison(result.comparison, as_json, extra)
@@ -194,7 +185,7 @@ def train(
             raise typer.BadParameter("needs clients; give --clients or --partition-by", param_hint=option)
     if print_config:
         if as_json:
-            _print_json(settings.to_dict())
+            print_json(settings.to_dict())
         else:
             typer.echo(settings.to_toml(), nl=False)
         return
@@ -203,7 +194,7 @@ def train(
     from caravan.app.experiment import checkpoint_folder, run_experiment
 
     _check_report(report)
-    with _work(as_json, checkpoint=checkpoint_folder(out)) as bars:
+    with work(as_json, checkpoint=checkpoint_folder(out)) as bars:
         comparison, retriever = run_experiment(settings, out, resume=resume, report=bars)
     extra = {"model": out, "latency": retriever.record.get("latency"), "seconds": retriever.record["seconds"]}
     _show_comparison(comparison, as_json, extra)
@@ -246,6 +237,9 @@ def compare(
 ) -> None:
     """Measure several saved retrievers and their rivals on the same queries.
 
+    What a federation sends is another command, `caravan compare communication`; write a folder of that name as
+    ./communication.
+
     caravan compare central federated
     caravan compare head adapter --data helpdesk --report results/
     """
@@ -253,10 +247,13 @@ def compare(
 
     changes = parse_settings(setting)
     _check_report(report)
-    with _work(as_json) as bars:
+    with work(as_json) as bars:
         comparison, latency = compare_saved(models, data, changes, baselines=baselines, report=bars)
     _show_comparison(comparison, as_json, {"latency": latency})
     _write_report(report, comparison, as_json, {"latency": latency})
+
+
+app.command("compare communication")(communicate.communication)
 
 
 @app.command()
@@ -287,7 +284,7 @@ def search(
         rows = [
             {"query": query, "hits": [asdict(hit) for hit in hits]} for query, hits in zip(asked, results, strict=True)
         ]
-        _print_json({"results": rows})
+        print_json({"results": rows})
     else:
         print_hits(asked, results)
 
@@ -308,7 +305,7 @@ def info(
 
     facts = describe_installation() if model is None else describe_model(model)
     if as_json:
-        _print_json(facts)
+        print_json(facts)
     else:
         print_facts(facts)
 
@@ -350,19 +347,6 @@ def _fail(message: str) -> NoReturn:
     sys.exit(1)
 
 
-@contextmanager
-def _work(as_json: bool, *, checkpoint: Path | None = None) -> Iterator["Bars"]:
-    from caravan.app.display import Bars
-
-    try:
-        with Bars(quiet=as_json) as bars:
-            yield bars
-    except KeyboardInterrupt:
-        kept = checkpoint is not None and checkpoint.is_dir()
-        typer.echo("Interrupted." + (" Repeat the command with --resume to go on." if kept else ""), err=True)
-        raise typer.Exit(130) from None
-
-
 def _check_report(report: str | None) -> None:
     if report is not None:
         from caravan.app.report import check_report
@@ -374,7 +358,7 @@ def _show_comparison(comparison: "Comparison | None", as_json: bool, extra: dict
     from caravan.app.display import print_comparison
 
     if as_json:
-        _print_json(comparison.summary(extra) if comparison is not None else extra)
+        print_json(comparison.summary(extra) if comparison is not None else extra)
     elif comparison is not None:
         print_comparison(comparison, extra.get("latency"))
 
@@ -388,7 +372,3 @@ def _write_report(report: str | None, comparison: "Comparison | None", as_json: 
     write_report(report, comparison, extra)
     if not as_json:
         typer.echo(f"Report written to {Path(report)}.")
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=True))

@@ -24,6 +24,7 @@ from rich.text import Text
 from caravan.errors import StorageError
 
 if TYPE_CHECKING:
+    from caravan.app.communication import Communication, Trained
     from caravan.app.comparison import Comparison
     from caravan.app.demo import DemoResult
     from caravan.data.records import Hit
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 
 _LEAST_COLUMNS = 80
+_SENT = {"none": "float32", "int8": "int8"}  # federation.codec -> in what form the numbers are sent
 
 
 class Bars:
@@ -76,12 +78,7 @@ def print_comparison(comparison: "Comparison", latency: Mapping[str, float] | No
     console = _console()
     name, split = one_line(comparison.dataset.name), comparison.split
     title = f"{name}: {len(comparison.examples):,} {split} queries, {len(comparison.dataset.catalogue):,} documents"
-    table = Table(
-        title=Text(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 0, 0, 1), show_edge=False, pad_edge=False
-    )
-    for number, heading in enumerate(headings()):
-        # Names fold; a figure that is cut would be another figure.
-        table.add_column(heading, justify="right" if number else "left", no_wrap=number > 0, overflow="fold")
+    table = _figures(headings(), title)
     best = max(row.metrics["recall@1"].value for row in comparison.rows)
     for row in comparison.rows:
         style = "bold" if row.metrics["recall@1"].value == best else ""
@@ -97,6 +94,52 @@ def print_comparison(comparison: "Comparison", latency: Mapping[str, float] | No
         _say(console, f"{last_name}: one query takes {took}.")
     if comparison.dataset.skipped:
         _say(console, f"{comparison.dataset.skipped:,} malformed rows were skipped.")
+
+
+def print_communication(communication: "Communication", trained: "Sequence[Trained]") -> None:
+    """Print what is sent by each method, a table a model, and beside the first one what training came to."""
+    console = _console()
+    found = {(row.method, _SENT[row.codec]): row for row in trained}
+    count = len(communication.dataset.catalogue)
+    for skeleton in communication.skeletons:
+        rows = communication.tables[skeleton.name]
+        title = f"{one_line(skeleton.name)} ({skeleton.numbers / 1e6:,.1f}M numbers), a head of {count:,} documents"
+        first = skeleton is communication.skeletons[0]
+        headings = ["trained", "codec", "numbers", "up", "of LoRA", "head", "both", "of full", "both, down"]
+        table = _figures([*headings, "R@1 %"] if first and trained else headings, title)
+        for row in rows:
+            cells = [row.method, row.codec, f"{row.numbers:,}", f"{row.part:,}", _share(row.to_lora), f"{row.head:,}"]
+            cells += [f"{row.part + row.head:,}", _share(row.to_full), f"{row.down:,}"]
+            if first and trained:
+                one = found.get((row.method, row.codec))
+                cells.append("" if one is None else f"{100 * one.recall.value:.1f}")
+            table.add_row(*cells)
+        console.print(table)
+    _say(
+        console,
+        "Bytes of one client in one round. up: what is trained beside the head; of LoRA: the same by a LoRA of rank 8 "
+        "on queries and values with the same codec; of full: both by the full adapter and its head in float32.",
+        style="dim",
+    )
+
+
+def _figures(headings: Sequence[str], title: str) -> Table:
+    table = Table(
+        title=Text(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 0, 0, 1), show_edge=False, pad_edge=False
+    )
+    for number, heading in enumerate(headings):
+        # Names fold; a figure that is cut would be another figure.
+        table.add_column(heading, justify="right" if number else "left", no_wrap=number > 0, overflow="fold")
+    return table
+
+
+def _share(ratio: float | None) -> str:
+    """A ratio as people say it: 1/72, or 2.5 times."""
+    if ratio is None:
+        return "-"
+    if ratio >= 0.5:
+        return f"{ratio:,.2f}"
+    return f"1/{1 / ratio:.3g}" if ratio > 0.01 else f"1/{1 / ratio:,.0f}"
 
 
 def print_hits(queries: Sequence[str], results: "Sequence[Sequence[Hit]]") -> None:
@@ -130,7 +173,7 @@ def describe_installation() -> dict[str, Any]:
     from caravan import __version__
     from caravan.training.features import default_cache
 
-    extras = {"federated": "flwr", "ray": "ray", "datasets": "datasets", "report": "matplotlib"}
+    extras = {"federated": "flwr", "ray": "ray", "datasets": "datasets", "report": "matplotlib", "compare": "peft"}
     return {
         "caravan": __version__,
         "python": platform.python_version(),

@@ -53,6 +53,23 @@ def read_model(config: BackboneConfig, *, seed: int) -> tuple[Any, Any, str]:
     return model, tokenizer, drawn
 
 
+def read_skeleton(config: BackboneConfig) -> Any:
+    """Make the transformers model that `read_model` would read, on the device "meta": shapes without numbers.
+
+    Raises:
+        BackboneError: there is no such model, or its configuration cannot be read.
+    """
+    from transformers import AutoConfig, AutoModel
+
+    folder, trust = model_folder(config), config.trust_remote_code
+    try:
+        with _quietly(), torch.device("meta"):
+            settings = AutoConfig.from_pretrained(folder, trust_remote_code=trust, local_files_only=True)
+            return AutoModel.from_config(settings, trust_remote_code=trust)
+    except Exception as error:  # transformers raises whatever its model code raises
+        raise BackboneError(f"{config.name}: {_load_fault(error)}") from error
+
+
 def model_folder(config: BackboneConfig) -> Path:
     """Find the folder with a model's files, from the hub's cache or downloaded into it where `config.name` is an id.
 
