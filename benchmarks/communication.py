@@ -1,0 +1,83 @@
+"""What does a federated round send by each method, and what recall does it buy, on banking77?
+
+Usage: python benchmarks/communication.py OUT.json
+
+Three clients, two rounds of one epoch each for adapters and rivals after the head's own stage. All of train is used
+(no validation cut), so rates can only have been chosen on other splits, and the test split is ranked once a training.
+Results are written after every training, and what is there is not done again.
+"""
+
+import argparse
+import json
+import os
+import platform
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from caravan.app.communication import Communication
+from caravan.app.display import Bars
+from caravan.config import Config, DataConfig
+from caravan.data.dataset import Dataset
+from caravan.files import whole_file
+
+DATA = Path(os.environ.get("CARAVAN_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+CLIENTS, EPOCHS, SEED = 3, 2, 1
+
+
+def main() -> None:
+    """Run what is missing, then print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    out = parser.parse_args().out
+    results = json.loads(out.read_text()) if out.is_file() else {"runs": {}}
+    config = Config(seed=SEED, data=DataConfig(path=str(DATA / "banking77"), validation_fraction=0.0))
+    stage = replace(config.training.adapter, epochs=EPOCHS)
+    config = replace(
+        config,
+        training=replace(config.training, adapter=stage),
+        federation=replace(config.federation, clients=CLIENTS),
+    )
+    dataset = Dataset.from_config(config.data, seed=SEED)
+    results["machine"] = {
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("caravan", "torch", "transformers", "peft")},
+    }
+    results["settings"] = {"clients": CLIENTS, "epochs": EPOCHS, "seed": SEED, "adapter": config.to_dict()["adapter"]}
+    with Bars(quiet=False) as bars:
+        found = Communication(replace(dataset, validation=()), config, report=bars)
+        results["sent"] = found.summary()
+        for method, codec in found.trainings():
+            key = f"banking77/{method}/{codec}"
+            if key not in results["runs"]:
+                results["runs"][key] = found.train(method, codec).to_dict()
+                with whole_file(out) as temporary:
+                    temporary.write_text(json.dumps(results, indent=1) + "\n")
+    print(table(results))
+
+
+def table(results: dict) -> str:
+    """What was trained, as Markdown, beside what it sends."""
+    sent = {(row["method"], row["codec"]): row for row in results["sent"]["models"][0]["rows"]}
+    full = results["runs"].get("banking77/full/none")
+    lines = [
+        "| beside the head | codec | bytes up | of LoRA | with head | of full | measured up | down | R@1 | to full |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for run in results["runs"].values():
+        row = sent[run["method"], run["codec"].replace("none", "float32")]
+        recall = 100 * run["recall"]["value"]
+        behind = f"{recall - 100 * full['recall']['value']:+.2f}" if full else ""
+        lines.append(
+            f"| {run['method']} | {row['codec']} | {row['part']:,} | {row['to_lora']:.4f} | {row['together']:,} "
+            f"| {row['to_full']:.3f} | {run['up']:,} | {run['down']:,} | {recall:.2f} | {behind} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
