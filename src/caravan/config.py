@@ -146,6 +146,8 @@ class FederationConfig:
     max_examples: PositiveInt | None = None  # a client's weight is its own claim: set it to the largest honest shard
     codec: Literal["none", "float32", "float16", "int8"] = "none"  # what clients send: their tensors, bit for bit; or
     # what changed, packed, where the line is slow
+    secure_aggregation: bool = False  # the server sees the sum of updates alone (SecAgg+): what then cannot be checked
+    # or chosen is refused, and max_examples is needed
     # How updates become the new global tensors.
     strategy: StrategyName = "fedavg"  # one client equals central training, and nothing needs tuning
     proximal_mu: PositiveFloat = 0.01  # fedprox: the middle of the grid in its paper (arXiv:1812.06127)

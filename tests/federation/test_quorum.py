@@ -107,3 +107,23 @@ def test_multi_krum_averages_as_many_as_are_safe_or_as_are_asked_for():
 def test_settings_that_eight_clients_can_never_meet_are_refused(settings, says):
     with pytest.raises(ConfigError, match=says):
         check_settings(FederationConfig(**settings), 8)
+
+
+# Where the server sees a sum alone
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"strategy": "krum"}, 'strategy = "krum" needs each; use fedavg, fedprox'),
+        ({"max_update_norm": 1.0}, "max_update_norm is about each; leave it out"),
+        ({"codec": "int8"}, 'set codec to "none", not "int8"'),
+        ({"max_examples": None}, "set it to the largest client's example count"),
+        ({"clients_per_round": 2}, "of 3 to 1024 clients; a round asks 2"),
+    ],
+)
+def test_what_needs_single_updates_is_refused_with_secure_aggregation(changes, reason):
+    settings = {"secure_aggregation": True, "max_examples": 100}
+    check_settings(FederationConfig(**settings), 20)
+    with pytest.raises(ConfigError, match=reason):
+        check_settings(FederationConfig(**{**settings, **changes}), 20)

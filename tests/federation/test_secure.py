@@ -77,7 +77,8 @@ def test_the_server_gets_the_weighted_mean_of_what_changed():
     secured = play()
     assert secured.failures == {}
     assert secured.nodes == {2, 3, 4}
-    assert secured.bytes_up > 3 * 8 * (12 + 9)  # masked numbers are sent as 64 bits
+    assert set(secured.sent) == {2, 3, 4}
+    assert min(secured.sent.values()) > 8 * (12 + 9)  # masked numbers are sent as 64 bits
     assert_change(secured.change, mean_step(range(3)))
 
 

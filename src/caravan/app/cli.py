@@ -120,6 +120,13 @@ def train(
             help="fedavg, fedprox, fedavgm, fedadam, fedyogi, median, trimmed_mean, krum, multi_krum or bulyan."
         ),
     ] = None,
+    secure_aggregation: Annotated[
+        bool | None,
+        typer.Option(
+            "--secure-aggregation",
+            help="The server sees the sum of the clients' updates alone; needs federation.max_examples.",
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same result.")] = None,
     documents: Annotated[
         str | None, typer.Option(metavar="FILE", help="Documents: doc_id, text, perhaps title, metadata.")
@@ -175,12 +182,18 @@ def train(
             "federation.rounds": rounds,
             "federation.clients_per_round": clients_per_round,
             "federation.strategy": strategy,
+            "federation.secure_aggregation": secure_aggregation,
             "evaluation.baselines": baselines,
         },
         last_stage={"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate},
     )
     if not settings.federation.clients and settings.federation.partition != "column":
-        of_clients = {"--rounds": rounds, "--clients-per-round": clients_per_round, "--strategy": strategy}
+        of_clients = {
+            "--rounds": rounds,
+            "--clients-per-round": clients_per_round,
+            "--strategy": strategy,
+            "--secure-aggregation": secure_aggregation,
+        }
         for option in (name for name, value in of_clients.items() if value is not None):
             raise typer.BadParameter("needs clients; give --clients or --partition-by", param_hint=option)
     if print_config:

@@ -8,6 +8,10 @@ import numpy as np
 from caravan.config import FederationConfig
 from caravan.errors import ConfigError
 
+_OF_A_SUM = ("fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi")
+_LEAST_SUMMED = 3  # of two, each would know the other's update from the sum
+_MOST_SUMMED = 1024  # so many steps of 22 bits fit the 32 bits that masked numbers have: see `secure`
+
 
 def check_settings(settings: FederationConfig, clients: int) -> None:
     """Refuse settings that no round of so many clients could meet.
@@ -21,12 +25,29 @@ def check_settings(settings: FederationConfig, clients: int) -> None:
     if settings.min_clients > asked:
         there = f"there are {clients} clients" if asked == clients else f"federation.clients_per_round is {asked}"
         raise ConfigError(f"federation.min_clients is {settings.min_clients}, {there}; lower it")
+    if settings.secure_aggregation:
+        _check_secure(settings, asked)
     needed, reason = quorum(settings)
     if needed > asked:
         raise ConfigError(
             f"{reason}, a round asks {asked}; set more federation.clients or clients_per_round, or lower "
             f"{_remedy(settings)}"
         )
+
+
+def _check_secure(settings: FederationConfig, asked: int) -> None:
+    """Refuse what cannot be had where the server sees a sum alone."""
+    needs = "federation.secure_aggregation shows the server the sum of a round's updates alone"
+    if settings.strategy not in _OF_A_SUM:
+        raise ConfigError(f'{needs}, strategy = "{settings.strategy}" needs each; use {", ".join(_OF_A_SUM)}')
+    if settings.max_update_norm is not None:
+        raise ConfigError(f"{needs}, max_update_norm is about each; leave it out")
+    if settings.codec != "none":
+        raise ConfigError(f'{needs}, as whole numbers; set codec to "none", not "{settings.codec}"')
+    if settings.max_examples is None:
+        raise ConfigError(f"{needs}, weighted by shares of max_examples; set it to the largest client's example count")
+    if not _LEAST_SUMMED <= asked <= _MOST_SUMMED:
+        raise ConfigError(f"{needs}, of {_LEAST_SUMMED} to {_MOST_SUMMED} clients; a round asks {asked}")
 
 
 def quorum(settings: FederationConfig) -> tuple[int, str]:

@@ -8,6 +8,7 @@ from all of the 256-bit secret.
 import hashlib
 import importlib
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
     from flwr.server.workflow.secure_aggregation import secaggplus_workflow
     from flwr.serverapp import Grid
     from numpy.typing import NDArray
-
-MOST_CLIENTS = 1024  # so many steps of 22 bits fit the 32 bits that masked numbers have
-LEAST_CLIENTS = 3  # of two, each would know the other's update from the sum
 
 _CLIP = 4.0  # the most that a number may change in a round; a change is sent in steps of 2 * _CLIP / _STEPS
 _STEPS = 2**22
@@ -52,13 +50,13 @@ class SecureSum:
         change: the weighted mean of what the tensors changed by; None where too few clients stayed.
         nodes: node ids of those who are in it.
         failures: why others are not, by node id.
-        bytes_up: bytes of all masked tensors.
+        sent: bytes of keys, shares and masked tensors, by node id.
     """
 
     change: dict[str, Tensor] | None
     nodes: frozenset[int]
     failures: dict[int, str]
-    bytes_up: int
+    sent: dict[int, int]
 
 
 def mask(message: "Message", context: "Context", answer: "Callable[[Message, Context], Message]") -> "Message":
@@ -71,11 +69,12 @@ def mask(message: "Message", context: "Context", answer: "Callable[[Message, Con
             `config` with a failure.
     """
     from flwr.app import Error, Message
-    from flwr.client.mod import secaggplus_mod
     from flwr.common.secure_aggregation.secaggplus_constants import RECORD_KEY_CONFIGS
 
     if RECORD_KEY_CONFIGS not in message.content.config_records:
         return answer(message, context)
+    from flwr.client.mod import secaggplus_mod
+
     _use_long_seeds()
 
     def train(message: "Message", context: "Context") -> "Message":
@@ -140,12 +139,12 @@ def secure_sum(
     workflow(cast(Any, recorder), context)
     arrays, nodes = cast(_Taking, context.strategy).taken
     if arrays is None:
-        return SecureSum(None, frozenset(), recorder.failures, recorder.bytes_up)
+        return SecureSum(None, frozenset(), recorder.failures, dict(recorder.sent))
     change = {
         name: torch.from_numpy(np.asarray(array)).to(reference[name].dtype)
         for name, array in zip(sorted(reference), arrays, strict=True)
     }
-    return SecureSum(change, nodes, recorder.failures, recorder.bytes_up)
+    return SecureSum(change, nodes, recorder.failures, dict(recorder.sent))
 
 
 class _Recorder:
@@ -154,7 +153,7 @@ class _Recorder:
     def __init__(self, grid: "Grid") -> None:
         self._grid = grid
         self.failures: dict[int, str] = {}
-        self.bytes_up = 0
+        self.sent: Counter[int] = Counter()
 
     def send_and_receive(self, messages: Iterable["Message"], *, timeout: float | None = None) -> list["Message"]:
         messages = list(messages)
@@ -165,7 +164,7 @@ class _Recorder:
             if reply.has_error():
                 self.failures[reply.metadata.src_node_id] = one_line(str(reply.error.reason))
             else:
-                self.bytes_up += _bytes_of(reply.content)
+                self.sent[reply.metadata.src_node_id] += _bytes_of(reply.content)
         return replies
 
 
