@@ -26,7 +26,9 @@ class Loopback:
     lets_out: dict[str, dict[str, object]] = field(default_factory=dict)
     offline: set[str] = field(default_factory=set)
     replies: list[Any] = field(default_factory=list)  # all that left a node
+    forms: list[str] = field(default_factory=list)  # the record of tensors in each message to a node
     folders: dict[str, Deployment] = field(default_factory=dict)  # of nodes that have a copy of their own
+    states: dict[str, Any] = field(default_factory=dict)  # what Flower keeps for each node until it is restarted
 
     def run(self, out: Path, *, resume: bool = False) -> None:
         from flwr.app import Context, RecordDict
@@ -59,8 +61,10 @@ class _Grid:
         for message in messages:
             number = message.metadata.dst_node_id
             site = self.network.deployment.config.deployment.nodes[number - 100]
+            self.network.forms += message.content.array_records
             message.metadata.__dict__["_message_id"] = uuid4().hex
-            replies.append(node.app(message, Context(1, number, self.network.own(site), RecordDict(), {})))
+            state = self.network.states.setdefault(site, RecordDict())
+            replies.append(node.app(message, Context(1, number, self.network.own(site), state, {})))
         self.network.replies += replies
         return replies
 

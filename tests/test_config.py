@@ -36,6 +36,7 @@ BOUNDED = {
     "federation.round_retries": (0, -1),
     "federation.round_seconds": (0.1, 0.0),
     "federation.codec": ("int8", "zip"),
+    "federation.sparse_rows": (True, "rows"),
     "federation.max_update_norm": (1e-9, 0.0),
     "federation.max_examples": (1, 0),
     "federation.proximal_mu": (1e-9, 0.0),

@@ -144,10 +144,12 @@ class FederationConfig:
     # What an update may be. There is no bound that fits every backbone and rate: the reports show what is usual.
     max_update_norm: PositiveFloat | None = None  # L2 distance from the round's start, all tensors together
     max_examples: PositiveInt | None = None  # a client's weight is its own claim: set it to the largest honest shard
-    codec: Literal["none", "float32", "float16", "int8"] = "none"  # what clients send: their tensors, bit for bit; or
+    codec: Literal["none", "float32", "float16", "int8"] = "none"  # what is sent both ways: tensors, bit for bit; or
     # what changed, packed, where the line is slow
     secure_aggregation: bool = False  # the server sees the sum of updates alone (SecAgg+): what then cannot be checked
     # or chosen is refused, and max_examples is needed
+    sparse_rows: bool = False  # with a codec: head rows that did not change are not sent; the bytes then tell whoever
+    # sees them which documents were asked about
     # How updates become the new global tensors.
     strategy: StrategyName = "fedavg"  # one client equals central training, and nothing needs tuning
     proximal_mu: PositiveFloat = 0.01  # fedprox: the middle of the grid in its paper (arXiv:1812.06127)

@@ -1,10 +1,8 @@
 """Training from settings: what the head starts from, central training, clients, the record."""
 
-import io
 import json
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from torch.nn.functional import normalize
@@ -211,23 +209,34 @@ def test_rounds_are_never_more_than_epochs_to_divide(settings, prepare):
     assert len(record["federation"]["rounds"]) == 2
 
 
+@pytest.mark.parametrize("hold", [False, True])
+def test_clients_that_send_and_get_int8_learn_nearly_as_well(settings, prepare, hold):
+    dataset = toy_dataset(120, noise=0.3, test=200)
+    shared = {"mode": "adapter", "epochs": 6, "head": {"hold_unseen": hold}}
+
+    def share(**federation):
+        config = settings(**shared, federation={"clients": 3, "rounds": 6, **federation})
+        return share_found(prepare(config, dataset).run(), dataset.test)
+
+    whole, packed = share(), share(codec="int8", sparse_rows=hold)
+    assert packed == pytest.approx(whole, abs=0.03)
+    assert packed > share_found(prepare(settings(**shared), dataset).retriever, dataset.test) + 0.1
+
+
 def test_what_goes_over_the_wire_is_counted(settings, prepare):
-    retriever = prepare(settings(mode="adapter", epochs=1, federation={"clients": 3, "rounds": 1})).run()
-
-    def packed(tensors):
-        total = 0
-        for tensor in tensors:
-            buffer = io.BytesIO()
-            np.save(buffer, tensor.numpy())
-            total += buffer.tell()
-        return total
-
+    retriever = prepare(settings(mode="adapter", epochs=2, federation={"clients": 3, "rounds": 2})).run()
     state = retriever.trainable_state()
-    head, both = packed(state[name] for name in state if name.startswith("head.")), packed(state.values())
-    counted = [
-        (each["stage"], each["bytes_up"], each["bytes_down"]) for each in retriever.record["federation"]["rounds"]
-    ]
-    assert counted == [("head", 3 * head, 3 * head), ("adapter", 3 * both, 3 * both)]
+    head = sum(state[name].nbytes for name in state if name.startswith("head."))
+    both = sum(tensor.nbytes for tensor in state.values())
+    rounds = retriever.record["federation"]["rounds"]
+    assert [each["stage"] for each in rounds] == ["head", "head", "adapter", "adapter"]
+    for each, tensors in zip(rounds, (head, head, both, both), strict=True):
+        names = len(state) if each["stage"] == "adapter" else 3
+        for direction in ("up", "down"):
+            clients = each["traffic"].values()
+            assert each[f"bytes_{direction}"] == sum(counts[direction] for counts in clients)
+            # Names, forms and words around each tensor; the words of a real order are a few hundred bytes more.
+            assert all(tensors < counts[direction] < tensors + 700 * names + 700 for counts in clients)
 
 
 def test_a_client_whose_training_fails_is_reported_and_the_others_go_on(settings, prepare):

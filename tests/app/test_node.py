@@ -57,6 +57,45 @@ def test_nodes_with_their_own_files_come_to_the_model_of_the_simulation(mode, tm
     assert not (network.deployment.folder / "checkpoint").exists()
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+def test_nodes_that_send_and_get_packed_changes_come_to_the_model_of_the_simulation(sparse, tmp_path, monkeypatch):
+    """Both stages on nodes that remember, as Flower's do: what one stage leaves must not enter the other."""
+    monkeypatch.setenv("CARAVAN_CACHE", str(tmp_path / "cache"))
+    federation = {"rounds": 3, "codec": "int8", "sparse_rows": sparse}
+    network = make_loopback(tmp_path, monkeypatch, mode="adapter", epochs=3, federation=federation)
+    network.run(tmp_path / "out")
+    deployed = load(tmp_path / "out")
+    simulation = simulated(network.deployment.config, store=None)
+    for name, tensor in deployed.trainable_state().items():
+        torch.testing.assert_close(tensor, simulation.trainable_state()[name], rtol=0, atol=1e-5, msg=name)
+    ours, theirs = (each.record["federation"]["rounds"] for each in (deployed, simulation))
+    for report, other in zip(ours, theirs, strict=True):
+        assert report["bytes_up"] == pytest.approx(other["bytes_up"], abs=30)  # digits of lengths and places
+        assert report["failures"] == []
+    assert network.forms == [*["arrays"] * 3, *["change"] * 6] * 2  # each stage is a run of its own
+
+
+def test_nodes_that_are_restarted_get_whole_tensors_in_the_same_round(tmp_path, monkeypatch):
+    monkeypatch.setenv("CARAVAN_CACHE", str(tmp_path / "cache"))
+    network = make_loopback(tmp_path, monkeypatch, mode="head", epochs=3, federation={"rounds": 3, "codec": "float32"})
+    network.run(tmp_path / "kept")
+    with monkeypatch.context() as patch:
+        patch.setattr(network, "states", _Forgetful())
+        network.run(tmp_path / "lost")
+    kept, lost = (load(tmp_path / name) for name in ("kept", "lost"))
+    for name, tensor in kept.trainable_state().items():
+        torch.testing.assert_close(lost.trainable_state()[name], tensor, rtol=0, atol=1e-6)
+    assert network.forms[9:] == [*["arrays"] * 3, *[*["change"] * 3, *["arrays"] * 3] * 2]
+    assert failures(tmp_path / "lost") == {}
+
+
+class _Forgetful(dict):
+    """The states of nodes that are restarted before every message."""
+
+    def setdefault(self, key, default=None):
+        return default
+
+
 def test_nothing_leaves_a_node_but_the_trained_tensors_and_a_count(network, tmp_path):
     network.lets_out = {"east": {"weight": 7}, "west": {"max-examples": 3}}
     network.run(tmp_path / "out")

@@ -79,7 +79,7 @@ def test_a_round_that_misses_its_quorum_keeps_what_it_has_and_asks_the_failed_ag
     (report,) = reports
     assert (report.asked, report.clients, report.failures) == (tuple(SITES), tuple(SITES), ())
     assert report.retried == (Failure("lima", "ConnectionError: gone"),)
-    assert report.bytes_down == 4 * report.bytes_up // 3
+    assert report.traffic["lima"]["down"] == 2 * report.traffic["pune"]["down"]
 
 
 def test_a_round_of_drawn_clients_asks_others_in_the_place_of_those_that_failed():

@@ -1,17 +1,16 @@
 import importlib
 import importlib.machinery
-import io
 import logging
 import random
 import sys
 import threading
 
-import numpy as np
 import pytest
 import torch
 
 from caravan.config import FederationConfig
 from caravan.errors import FederationError
+from caravan.federation import messages, server
 from caravan.federation.flower import Failure, run_federation
 from caravan.federation.rounds import Update
 from toy_federation import SITES, assert_same_bits, plain_loop, reports_of, start_tensors, toy_train
@@ -116,20 +115,30 @@ def test_a_report_says_who_took_part_with_what():
     assert reports[0].seconds > 0
 
 
-def test_the_reported_bytes_are_those_of_the_serialised_tensors():
+def test_the_reported_bytes_are_those_of_flowers_own_serialisation(monkeypatch):
+    from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+
+    sent = []
+
+    def count(content):
+        sent.append((content, messages.content_bytes(content)))
+        return sent[-1][1]
+
     def two_answer(client, tensors, round_number):
         if client == "lima":
-            raise ValueError("nothing is sent")
+            raise ValueError("no update is sent")
         return toy_train(client, tensors, round_number)
 
-    payload = 0
-    for tensor in start_tensors().values():
-        buffer = io.BytesIO()
-        np.save(buffer, tensor.numpy())
-        payload += len(buffer.getvalue())
+    monkeypatch.setattr(server, "content_bytes", count)
     (report,) = reports_of(two_answer)
-    assert report.bytes_down == 3 * payload
-    assert report.bytes_up == 2 * payload
+    assert len(sent) == 6
+    for content, counted in sent:
+        objects = sum(len(each.deflate()) for each in get_all_nested_objects(content).values())
+        assert counted == pytest.approx(objects + get_object_tree(content).ByteSize(), abs=10)
+    down, up = [counted for _, counted in sent[:3]], [counted for _, counted in sent[3:]]
+    assert (report.bytes_down, report.bytes_up) == (sum(down), sum(up))
+    assert report.traffic == {client: {"up": up[n], "down": down[n]} for n, client in enumerate(SITES)}
+    assert 0 < report.traffic["lima"]["up"] < report.traffic["oslo"]["up"] / 2  # a line, not tensors
 
 
 def test_a_client_is_who_its_node_is_and_not_who_it_says():
@@ -192,7 +201,7 @@ def bad(**changes):
         (bad(examples=-5), "its example count is -5"),
         (bad(examples=True), "the example count is True"),
         (bad(examples=2.5), "the example count is 2.5"),
-        (bad(examples=2**70), "its example count is 1180591620717411303424"),
+        (bad(examples=2**70), "the example count is 1180591620717411303424"),
         (bad(metrics={"num-examples": 3.0}), "num-examples, which Flower reserves"),
         (lambda u: u.tensors, "local_train returned dict; return a rounds.Update"),
         (lambda u: None, "local_train returned NoneType; return a rounds.Update"),

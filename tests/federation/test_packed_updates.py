@@ -37,17 +37,17 @@ def test_packed_rounds_come_near_those_that_send_whole_tensors(codec, step):
 
 
 def test_int8_sends_a_quarter_of_the_bytes_and_float16_half():
-    initial = {"rows": torch.zeros(300, 64)}
+    initial = {"rows": torch.zeros(300, 256)}
 
     def train(client, tensors, number):
-        return Update(client, {"rows": tensors["rows"] + torch.ones(300, 64)}, 1)
+        return Update(client, {"rows": tensors["rows"] + torch.ones(300, 256)}, 1)
 
     sent = {codec: rounds_with(codec, train, rounds=1, initial=initial)[1][0] for codec in ("none", "float16", "int8")}
-    whole = 3 * 300 * 64 * 4
+    whole = 3 * 300 * 256 * 4
     assert sent["none"].bytes_up == pytest.approx(whole, rel=0.01)
     assert sent["float16"].bytes_up == pytest.approx(whole / 2, rel=0.01)
-    assert sent["int8"].bytes_up == pytest.approx(whole / 4 + 3 * 300 * 4, rel=0.02)  # with one scale a row
-    assert {report.bytes_down for report in sent.values()} == {sent["none"].bytes_down}
+    assert sent["int8"].bytes_up == pytest.approx(whole / 4 + 3 * 300 * 4, rel=0.03)  # with one scale a row
+    assert all(report.bytes_down == pytest.approx(whole, rel=0.01) for report in sent.values())  # the first round
 
 
 def test_packing_follows_from_the_seed():

@@ -3,13 +3,15 @@
 What travels is a delta, and what its encoding loses is the residual: the sender keeps it and adds it to its next delta
 (error feedback; Seide et al., "1-bit stochastic gradient descent", Interspeech 2014; arXiv:1901.09847, algorithm 2).
 
-- Client to server: the delta is `subtract(trained, start)`, and each client keeps its own residual between its rounds.
+- Client to server: the delta is `subtract(trained, start)`, and each client keeps its own residual between its rounds
+  (`holding`).
 - Server to clients: the delta is the round's average change of what all receivers hold, and the server keeps one
   residual for all; what they hold plus that residual is the server's own model. A receiver that missed a delta holds
-  something else and needs the full tensors.
+  something else and needs the full tensors (`broadcast`).
 
 A delta must not contain the residual already, as the difference of the server's own model to what the receivers hold
-does. Of an update that did not arrive nothing was sent: its sender goes on with the residual from before it.
+does. An update that is lost or refused takes its share of the residual with it, a step of rounding at most: its sender
+does not know.
 """
 
 import math
@@ -137,7 +139,9 @@ class Codec:
         return {name: self._unpack(name, packed, shape) for name, shape in shapes.items()}
 
     def expected_bytes(self, shapes: Mapping[str, Sequence[int]], changed: Mapping[str, int] | None = None) -> int:
-        """Count what `payload_bytes` will give for tensors of these shapes, without having them.
+        """Count the bytes of the numbers that `encode` packs for tensors of these shapes, without having them.
+
+        Their names and the frame around them come on top.
 
         Args:
             shapes: of the delta's tensors by name; a float32 number costs 32 bits, so `8 * bytes / numbers` compares.
@@ -282,11 +286,6 @@ def add(before: Mapping[str, Tensor], delta: Mapping[str, Tensor]) -> dict[str, 
     """
     _check_alike(delta, before)
     return {name: tensor.detach() + delta[name].detach() for name, tensor in before.items()}
-
-
-def payload_bytes(packed: Mapping[str, Tensor]) -> int:
-    """Count the bytes of the numbers in packed tensors; their names and the frame around them come on top."""
-    return sum(tensor.numel() * tensor.dtype.itemsize for tensor in packed.values())
 
 
 def _quantise(values: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:

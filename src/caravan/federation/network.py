@@ -10,17 +10,10 @@ from torch import Tensor
 
 from caravan.config import FederationConfig
 from caravan.errors import FederationError
-from caravan.federation.flower import (
-    OnRound,
-    Server,
-    ask_names,
-    client_app,
-    drive,
-    import_flower,
-    quiet_flower,
-)
-from caravan.federation.quorum import check_settings, quorum
-from caravan.federation.rounds import Update, check_plan
+from caravan.federation.flower import client_app, import_flower
+from caravan.federation.quorum import quorum
+from caravan.federation.rounds import Update
+from caravan.federation.server import OnRound, Server, ask_names, drive
 from caravan.federation.strategies import Strategy
 
 if TYPE_CHECKING:
@@ -106,13 +99,8 @@ def run_on_network(
         FederationError: a round had too few usable updates.
     """
     settings = replace(settings, round_seconds=settings.round_seconds or _ROUND_SECONDS)
-    tensors = {name: tensor.detach().cpu().clone() for name, tensor in initial.items()}
-    check_plan(tensors, clients, rounds=rounds, first_round=first_round)
-    check_settings(settings, len(clients))
-    if first_round > rounds:
-        return tensors
     server = _NetworkServer(
-        tensors,
+        dict(initial),
         clients,
         settings,
         strategy,
@@ -122,9 +110,7 @@ def run_on_network(
         instructions,
         connect_seconds=connect_seconds,
     )
-    with quiet_flower():
-        drive(server, network, rounds - first_round + 1)
-    return server.tensors
+    return server.run(rounds, lambda left: drive(server, network, left))
 
 
 @dataclass

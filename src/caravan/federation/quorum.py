@@ -17,8 +17,16 @@ def check_settings(settings: FederationConfig, clients: int) -> None:
     """Refuse settings that no round of so many clients could meet.
 
     Raises:
-        ConfigError: more clients are asked for than there are, or fewer than the quorum or the strategy needs.
+        ConfigError: more clients are asked for than there are, or fewer than the quorum or the strategy needs; or rows
+            are to be left out of whole tensors.
     """
+    # Training with differential privacy, once there is one, must refuse sparse_rows here: which rows are sent is a
+    # function of the queries that no noise hides.
+    if settings.sparse_rows and settings.codec == "none":
+        raise ConfigError(
+            'federation.sparse_rows leaves rows out of packed changes, federation.codec is "none"; '
+            'set codec to "float32", "float16" or "int8", or sparse_rows to false'
+        )
     asked = clients if settings.clients_per_round is None else settings.clients_per_round
     if asked > clients:
         raise ConfigError(f"federation.clients_per_round is {asked}, there are {clients} clients; lower it")

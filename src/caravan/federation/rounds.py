@@ -56,8 +56,9 @@ class RoundReport:
         metrics: what they reported, in the same order.
         failures: those that in the end raised, did not answer or were refused, in that order too.
         retried: failures after which the round, short of its quorum, asked these or other clients again.
-        bytes_up: bytes of the tensors as received from all clients (NumPy's .npy format), refused ones included.
-        bytes_down: bytes of the tensors as sent to all clients.
+        bytes_up: bytes of the messages from all clients, refused ones included (see `messages.content_bytes`).
+        bytes_down: bytes of the messages to all clients.
+        traffic: both by client: {"up": bytes, "down": bytes}.
         seconds: wall-clock time from sending to averaged.
     """
 
@@ -70,6 +71,7 @@ class RoundReport:
     retried: tuple[Failure, ...]
     bytes_up: int
     bytes_down: int
+    traffic: dict[str, dict[str, int]]
     seconds: float
 
 
