@@ -280,6 +280,10 @@ def test_federated_training_by_column_names_its_clients(workshop: Workshop):
     assert facts["clients"].keys() == {"north", "south"}
     assert sum(facts["clients"].values()) == 36
     assert facts["rounds"] == 2
+    rounds = json.loads(Path("out/training.json").read_text(encoding="utf-8"))["federation"]["rounds"]
+    for direction, mib in facts["sent_mib"].items():
+        by_client = [each["traffic"][site][direction] for each in rounds for site in ("north", "south")]
+        assert mib == round(sum(by_client) / 2**20, 3) > 0
 
 
 def test_unusual_characters_do_not_stop_a_terminal_that_cannot_show_them(workshop: Workshop, here: Path):

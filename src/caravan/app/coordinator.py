@@ -93,7 +93,9 @@ class Coordination(Experiment):
     def _tell(self, report: dict[str, Any], rounds: int) -> None:
         recall = report["validation_recall"]
         found = "" if recall is None else f", validation recall@1 {recall:.1%}"
-        taken = f"{len(report['clients'])} of {len(report['asked'])} nodes, {report['seconds']:.1f} s{found}"
+        up, down = (report[f"bytes_{direction}"] / 2**20 for direction in ("up", "down"))
+        taken = f"{len(report['clients'])} of {len(report['asked'])} nodes, {report['seconds']:.1f} s"
+        taken += f", {up:.2f} MiB up, {down:.2f} MiB down{found}"
         _log.info("%s stage, round %d/%d: %s", report["stage"], report["round"], rounds, taken)
         for failure in report["failures"]:
             _log.info("  without %s: %s", failure["client"], failure["reason"])

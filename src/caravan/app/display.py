@@ -228,7 +228,15 @@ def _recorded(record: Mapping[str, Any]) -> dict[str, Any]:
     if "federation" in record:
         facts["clients"] = {client["name"]: client["examples"] for client in record["federation"]["clients"]}
         facts["rounds"] = len(record["federation"]["rounds"])
+        facts["sent_mib"] = sent_mib(record)
     return facts
+
+
+def sent_mib(record: Mapping[str, Any]) -> dict[str, float]:
+    """Give what the clients of a federated training sent ("up") and were sent ("down"), in MiB."""
+    rounds = record["federation"]["rounds"]
+    totals = {direction: sum(each[f"bytes_{direction}"] for each in rounds) for direction in ("up", "down")}
+    return {direction: round(total / 2**20, 3) for direction, total in totals.items()}
 
 
 def print_facts(facts: Mapping[str, Any]) -> None:
