@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,19 @@ class _Forgetful(dict):
 
     def setdefault(self, key, default=None):
         return default
+
+
+def test_nodes_that_mask_what_they_send_come_to_the_model_of_nodes_that_do_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("CARAVAN_CACHE", str(tmp_path / "cache"))
+    federation = {"rounds": 3, "secure_aggregation": True, "max_examples": 30}
+    network = make_loopback(tmp_path, monkeypatch, mode="adapter", epochs=3, federation=federation)
+    network.run(tmp_path / "out")
+    plain = replace(network.deployment.config.federation, secure_aggregation=False)
+    theirs = simulated(replace(network.deployment.config, federation=plain), store=None).trainable_state()
+    for name, tensor in load(tmp_path / "out").trainable_state().items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=2e-4, msg=name)
+    for reply in network.replies:
+        assert all(not record for record in reply.content.array_records.values())
 
 
 def test_nothing_leaves_a_node_but_the_trained_tensors_and_a_count(network, tmp_path):

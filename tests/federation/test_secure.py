@@ -8,9 +8,14 @@ from flwr.clientapp import ClientApp
 from flwr.common.secure_aggregation.secaggplus_constants import Key
 from flwr.serverapp import ServerApp
 
+from caravan.config import FederationConfig
+from caravan.errors import FederationError
+from caravan.federation.flower import run_federation
 from caravan.federation.messages import decode, encode
+from caravan.federation.rounds import Failure
 from caravan.federation.secure import draw_masks, mask, secure_sum
 from caravan.federation.simulation import run_in_process
+from toy_federation import SITES, reports_of, start_tensors, toy_train
 
 START = {"head": torch.linspace(-1, 1, 12).reshape(3, 4), "adapter": torch.eye(3)}
 COUNTS = (10, 30, 60)
@@ -137,6 +142,53 @@ def test_a_client_refuses_what_would_be_cut_off_or_spoil_the_sum(value, count, r
 def test_a_message_without_the_protocol_is_answered_as_ever():
     message = Message(RecordDict({"arrays": ArrayRecord()}), 2, MessageType.TRAIN)
     assert mask(message, None, lambda message, context: "the answer") == "the answer"
+
+
+SECURE = FederationConfig(secure_aggregation=True, max_examples=10)
+
+
+def test_a_federated_run_comes_to_the_same_tensors_with_and_without():
+    plain = run_federation(start_tensors(), SITES, toy_train, rounds=3)
+    masked = run_federation(start_tensors(), SITES, toy_train, rounds=3, settings=SECURE)
+    for name, tensor in plain.items():
+        torch.testing.assert_close(masked[name], tensor, rtol=0, atol=1e-4, msg=name)
+
+
+def test_the_reports_of_a_masked_run_know_who_but_not_how_much():
+    (report,) = reports_of(toy_train, settings=SECURE)
+    assert report.asked == report.clients == tuple(SITES)
+    assert report.examples == (0, 0, 0)
+    assert report.metrics == ({}, {}, {})
+    assert report.bytes_up == sum(counts["up"] for counts in report.traffic.values()) > 0
+
+
+def test_a_client_that_fails_is_reported_and_the_others_are_summed():
+    def train(client, tensors, number):
+        if client == "lima":
+            raise ValueError("no data")
+        return toy_train(client, tensors, number)
+
+    masked = run_federation(start_tensors(), SITES, train, rounds=1, settings=SECURE)
+    plain = run_federation(start_tensors(), [site for site in SITES if site != "lima"], toy_train, rounds=1)
+    for name, tensor in plain.items():
+        torch.testing.assert_close(masked[name], tensor, rtol=0, atol=1e-4, msg=name)
+    (report,) = reports_of(train, settings=SECURE)
+    assert report.clients == ("oslo", "pune")
+    assert report.failures == (Failure("lima", "ValueError: no data"),)
+
+
+def test_with_too_few_clients_left_the_round_is_tried_again_and_then_the_run_ends():
+    calls = []
+
+    def train(client, tensors, number):
+        calls.append(client)
+        if client != "oslo":
+            raise ValueError("no data")
+        return toy_train(client, tensors, number)
+
+    with pytest.raises(FederationError, match=r"round 1: 0 of 3 clients .* in 2 attempts.*lima, pune: ValueError"):
+        run_federation(start_tensors(), SITES, train, rounds=1, settings=SECURE)
+    assert calls.count("oslo") == 2
 
 
 def test_masks_come_from_the_whole_secret_and_fill_the_range():

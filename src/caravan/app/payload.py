@@ -127,7 +127,8 @@ def payloads(skeleton: Skeleton, adapter: AdapterConfig, head: HeadConfig, docum
         documents: C, rows of the head.
     """
     of_head = head_shapes(skeleton, head, documents)
-    parts = {method: part_shapes(method, skeleton, adapter) for method in (*ADAPTERS, *RIVALS)}
+    methods = (*ADAPTERS, *RIVALS)
+    parts: dict[Method, Shapes] = {method: part_shapes(method, skeleton, adapter) for method in methods}
     plain = Codec("float32")
     base = plain.expected_bytes({**parts["full"], **of_head})
     rows = []

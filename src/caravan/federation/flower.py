@@ -15,6 +15,7 @@ from caravan.errors import FederationError
 from caravan.federation.holding import LackingError, pack_update, receive
 from caravan.federation.messages import decode, encode_failure, encode_update
 from caravan.federation.rounds import Failure, RoundReport, Update, one_line
+from caravan.federation.secure import mask
 from caravan.federation.server import OnRound, Server, drive
 from caravan.federation.simulation import run_in_process, run_on_ray
 from caravan.federation.strategies import Strategy
@@ -111,7 +112,7 @@ def client_app(
     def introduce(message: "Message", context: "Context") -> "Message":
         return Message(RecordDict({"config": ConfigRecord({"client": name_of(context)})}), reply_to=message)
 
-    @app.train()
+    @app.train(mods=[mask])
     def train(message: "Message", context: "Context") -> "Message":
         try:
             words = message.content.config_records["config"]

@@ -52,7 +52,7 @@ class RoundReport:
         round: its number, 1 for the first.
         asked: names of the clients that were asked to train, in the order given to `run_federation`.
         clients: those whose updates were used, in the same order.
-        examples: their example counts, in the same order.
+        examples: their example counts, in the same order; 0 where secure aggregation hides them.
         metrics: what they reported, in the same order.
         failures: those that in the end raised, did not answer or were refused, in that order too.
         retried: failures after which the round, short of its quorum, asked these or other clients again.

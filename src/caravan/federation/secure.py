@@ -141,7 +141,7 @@ def secure_sum(
     if arrays is None:
         return SecureSum(None, frozenset(), recorder.failures, dict(recorder.sent))
     change = {
-        name: torch.from_numpy(np.asarray(array)).to(reference[name].dtype)
+        name: torch.from_numpy(array).to(reference[name].dtype).reshape(reference[name].shape)
         for name, array in zip(sorted(reference), arrays, strict=True)
     }
     return SecureSum(change, nodes, recorder.failures, dict(recorder.sent))
@@ -213,7 +213,8 @@ def _legacy_answer(asked: "RecordDict", answered: "RecordDict") -> "RecordDict":
     if "config" in answered.config_records:
         raise FederationError(str(answered.config_records["config"]["failure"]))
     start, trained = asked.array_records["arrays"], answered.array_records["arrays"]
-    changes = [trained[name].numpy() - start[name].numpy() for name in sorted(start)]
+    # Of a number that is no array Flower's workflow would not take the clipping off again.
+    changes = [np.atleast_1d(trained[name].numpy() - start[name].numpy()) for name in sorted(start)]
     for name, change in zip(sorted(start), changes, strict=True):
         # Flower would cut it off without a word; and of a sum nobody can tell later whose part is not finite.
         if not float(np.abs(change).max(initial=0.0)) <= _CLIP:

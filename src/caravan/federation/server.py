@@ -13,9 +13,11 @@ from torch import Tensor
 from caravan.config import FederationConfig
 from caravan.errors import FederationError
 from caravan.federation.broadcast import Broadcast
+from caravan.federation.codec import add
 from caravan.federation.messages import content_bytes, decode_answer, needs_whole_tensors
 from caravan.federation.quorum import check_settings, quorum, sample, sample_again
 from caravan.federation.rounds import Failure, RoundReport, Update, check_plan, judge, list_reasons, one_line
+from caravan.federation.secure import secure_sum
 from caravan.federation.strategies import Strategy
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ class _Round:
         failures: why the others' are not, by client.
         retried: failures after which the round went on to another attempt.
         attempt: 0 at first.
+        masked: messages of which secure aggregation makes its own.
         up: bytes that came, by client.
         down: bytes that were sent, by client.
     """
@@ -55,6 +58,7 @@ class _Round:
     failures: dict[str, Failure] = field(default_factory=dict)
     retried: list[Failure] = field(default_factory=list)
     attempt: int = 0
+    masked: "list[Message]" = field(default_factory=list)
     up: Counter[str] = field(default_factory=Counter)
     down: Counter[str] = field(default_factory=Counter)
 
@@ -125,7 +129,10 @@ class Server:
         self.names = self.meet(grid)
         number = self.first_round + server_round - 1
         self.round = _Round(number, time.perf_counter())
-        return self._ask(self.round, sample(self.clients, self.settings, seed=self.seed, number=number))
+        messages = self._ask(self.round, sample(self.clients, self.settings, seed=self.seed, number=number))
+        if self.settings.secure_aggregation:
+            self.round.masked, messages = messages, []
+        return messages
 
     def close_round(self, replies: Iterable["Message"], grid: "Grid") -> None:
         """Check what came back, ask again if it is too little, make the new global tensors, and report."""
@@ -135,7 +142,8 @@ class Server:
         combined = self.strategy.combine(under_way.number, updates, self.broadcast.start)
         used = [client for client in self.clients if client in under_way.used]
         self.tensors = self.broadcast.advance(under_way.number, combined, used)
-        asked = [client for client in self.clients if client in under_way.asked]
+        were_asked = set(under_way.asked)
+        asked = [client for client in self.clients if client in were_asked]
         report = RoundReport(
             round=under_way.number,
             asked=tuple(asked),
@@ -159,6 +167,8 @@ class Server:
         under_way.waiting, under_way.changed = clients, set()
         under_way.asked += [client for client in clients if client not in before]
         words = {**self.instructions, **self.broadcast.words(under_way.number), "round": under_way.number}
+        if self.settings.max_examples is not None:
+            words["max_examples"] = self.settings.max_examples  # what a masked weight is a share of
         places = {client: place for place, client in enumerate(self.clients)}
         messages = []
         for node, client in self.names.items():
@@ -174,6 +184,9 @@ class Server:
 
     def _usable(self, under_way: _Round, replies: Iterable["Message"], grid: "Grid") -> Iterator[Update]:
         """Give the round's updates as they come; ask again where they are too few, and raise where they stay so."""
+        if self.settings.secure_aggregation:
+            yield self._summed(under_way, grid)
+            return
         yield from self._answers(under_way, replies, grid)
         needed, reason = quorum(self.settings)
         while len(under_way.used) < needed:
@@ -181,6 +194,29 @@ class Server:
                 raise self._missed(under_way, reason)
             messages = self._ask_again(under_way)
             yield from self._answers(under_way, grid.send_and_receive(messages, timeout=self.seconds), grid)
+
+    def _summed(self, under_way: _Round, grid: "Grid") -> Update:
+        """Have a round's updates summed under masks: what the server sees is their mean, as one update."""
+        needed, reason = quorum(self.settings)
+        start, most, messages = self.broadcast.start, self.settings.max_examples, under_way.masked
+        assert most is not None  # `check_settings`
+        while True:
+            summed = secure_sum(grid, messages, start, number=under_way.number, max_examples=most, timeout=self.seconds)
+            nodes = {client: node for node, client in self.names.items()}
+            under_way.up.update({self.names[node]: count for node, count in summed.sent.items()})
+            left = [client for client in under_way.waiting if nodes.get(client) not in summed.nodes]
+            under_way.failures = {
+                client: Failure(client, summed.failures.get(nodes.get(client, 0)) or self._silence(client, set(nodes)))
+                for client in left
+            }
+            under_way.used = {client: (0, {}) for client in under_way.waiting if client not in under_way.failures}
+            if summed.change is not None and len(under_way.used) >= needed:
+                return Update("the sum", add(start, summed.change), 1)
+            if under_way.attempt == self.settings.round_retries:
+                raise self._missed(under_way, reason)
+            under_way.attempt += 1
+            under_way.retried += under_way.failures.values()
+            messages = self._ask(under_way, under_way.waiting)
 
     def _answers(self, under_way: _Round, replies: Iterable["Message"], grid: "Grid") -> Iterator[Update]:
         """Give one attempt's updates; whoever could not use a change, as after a restart, gets whole tensors in it."""
