@@ -17,8 +17,9 @@ import tomli_w
 
 from caravan.app.deployment import Deployment
 from caravan.errors import ConfigError, FederationError, StorageError
+from caravan.federation import starting
 from caravan.federation.keys import is_loopback
-from caravan.files import make_folder
+from caravan.files import make_folder, whole_file
 
 CONNECTION = "caravan"  # the name under which Flower's own commands find the server
 MARK = "caravan: "  # begins the lines of Flower's log that are meant for people, see `coordinator`
@@ -37,14 +38,18 @@ class Command:
     Attributes:
         words: program and arguments.
         environment: variables beside those that are set already.
+        programs: a folder for the front of PATH: Flower starts its further programs by name.
     """
 
     words: Sequence[str]
     environment: Mapping[str, str] = field(default_factory=dict)
+    programs: Path | None = None
 
     def __str__(self) -> str:
         """The line to type into a shell."""
         settings = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        if self.programs is not None:
+            settings.append(f'PATH={shlex.quote(str(self.programs))}:"$PATH"')
         return " ".join([*settings, shlex.join(self.words)])
 
     def start(self, **options: Any) -> subprocess.Popen[str]:
@@ -53,9 +58,10 @@ class Command:
         Raises:
             FederationError: Flower is not installed.
         """
-        beside = Path(sys.executable).parent  # Flower starts its own further programs by name
+        beside = Path(sys.executable).parent
         program = beside / self.words[0]
-        path = os.pathsep.join((str(beside), os.environ.get("PATH", os.defpath)))
+        first = [str(self.programs)] if self.programs is not None else []
+        path = os.pathsep.join((*first, str(beside), os.environ.get("PATH", os.defpath)))
         environment = {**os.environ, **self.environment, "PATH": path, "PYTHONUNBUFFERED": "1"}
         try:
             return subprocess.Popen(
@@ -80,7 +86,7 @@ def server_commands(deployment: Deployment) -> list[Command]:
         words += ["--ssl-keyfile", str(deployment.certificate("server.key"))]
         words.append("--enable-supernode-auth")
     words += ["--disable-runtime-dependency-installation", "--database", str(deployment.folder / "flower" / "state.db")]
-    return [Command(words, environment), *_register_commands(deployment)]
+    return [Command(words, environment, _programs(deployment)), *_register_commands(deployment)]
 
 
 def _register_commands(deployment: Deployment) -> list[Command]:
@@ -129,7 +135,7 @@ def client_command(
         words += ["--root-certificates", str(deployment.certificate("ca.crt"))]
         words += ["--auth-supernode-private-key", str(deployment.key(node))]
     words += ["--host", "127.0.0.1", "--port", str(_free_port()), "--node-config", str(configuration)]
-    return Command(words, environment)
+    return Command(words, environment, _programs(deployment))
 
 
 def submit_commands(deployment: Deployment, out: str | Path, *, resume: bool = False) -> list[Command]:
@@ -263,6 +269,17 @@ def _ask(command: Command) -> dict[str, Any]:
 def _last_words(said: str) -> str:
     lines = [line for line in (line.strip(" │╭╮╰╯─\t") for line in said.splitlines()) if line]
     return " ".join(lines)[-300:] or "without a word"
+
+
+def _programs(deployment: Deployment) -> Path:
+    """Programs by the names of Flower's own, which do not lose their task on a busy machine."""
+    folder = make_folder(deployment.folder / "flower" / "programs")
+    for program in starting.PROGRAMS:
+        line = shlex.join([sys.executable, "-P", "-m", starting.__name__, program])
+        with whole_file(folder / program) as path:
+            path.write_text(f'#!/bin/sh\nexec {line} "$@"\n', encoding="utf-8")
+        (folder / program).chmod(0o755)
+    return folder
 
 
 def _environment(deployment: Deployment, role: str) -> dict[str, str]:
