@@ -54,17 +54,22 @@ class _Grid:
         sites = self.network.deployment.config.deployment.nodes
         return [_Info(100 + n, site) for n, site in enumerate(sites) if site not in self.network.offline]
 
-    def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> list[Any]:
+    def push_messages(self, messages: Any) -> list[str]:
         from flwr.app import Context, RecordDict
 
-        replies = []
+        questions = []
         for message in messages:
             number = message.metadata.dst_node_id
             site = self.network.deployment.config.deployment.nodes[number - 100]
             self.network.forms += message.content.array_records
             message.metadata.__dict__["_message_id"] = uuid4().hex
+            questions.append(message.metadata.message_id)
             state = self.network.states.setdefault(site, RecordDict())
-            replies.append(node.app(message, Context(1, number, self.network.own(site), state, {})))
+            self.answers[questions[-1]] = node.app(message, Context(1, number, self.network.own(site), state, {}))
+        return questions
+
+    def pull_messages(self, questions: list[str]) -> list[Any]:
+        replies = [self.answers.pop(question) for question in questions]
         self.network.replies += replies
         return replies
 

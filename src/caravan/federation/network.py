@@ -1,8 +1,9 @@
 """Flower's ServerApp and ClientApp between machines: who is connected, and the same rounds as in simulation."""
 
 import logging
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,12 +18,14 @@ from caravan.federation.server import OnRound, Server, ask_names, drive
 from caravan.federation.strategies import Strategy
 
 if TYPE_CHECKING:
-    from flwr.app import Context
+    from flwr.app import Context, Message
     from flwr.clientapp import ClientApp
     from flwr.serverapp import Grid
 
 _ROUND_SECONDS = 86400.0
 _POLL_SECONDS = 0.5  # a node's process takes longer to start
+_LOOK_SECONDS = 1.0  # between two looks for answers; a round of work takes longer
+_UNREADABLE = (ValueError, TypeError, LookupError, AttributeError)  # what Flower raises on an answer that is none
 
 _log = logging.getLogger(__name__)
 
@@ -110,7 +113,50 @@ def run_on_network(
         instructions,
         connect_seconds=connect_seconds,
     )
-    return server.run(rounds, lambda left: drive(server, network, left))
+    watched = cast(Any, _Watched(network))
+    return server.run(rounds, lambda left: drive(server, watched, left))
+
+
+@dataclass
+class _Watched:
+    """Flower's grid, whose waiting ends also for what can no longer come.
+
+    A node that was started anew does not know of the message that went to its predecessor. Where the server has not
+    looked in the meantime, Flower does not notice, and would wait for ever.
+    """
+
+    grid: Any
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.grid, name)
+
+    def send_and_receive(self, messages: "Iterable[Message]", *, timeout: float | None = None) -> "list[Message]":
+        """Send messages and wait for the answers; see `flwr.serverapp.Grid`."""
+        messages, replies = list(messages), []
+        deadline = time.monotonic() + (math.inf if timeout is None else timeout)
+        starts = self._starts()
+        nodes = [message.metadata.dst_node_id for message in messages]
+        sent = self.grid.push_messages(messages)  # ids; none where they are too large for the server
+        waiting = {question: node for question, node in zip(sent, nodes, strict=False) if question}
+        while waiting and time.monotonic() < deadline:
+            now = self._starts()  # before the look for answers, which its predecessor may have left
+            for question, node in list(waiting.items()):
+                answers = self._answers(question)
+                replies += answers or []
+                if answers != [] or now.get(node, starts.get(node)) != starts.get(node):
+                    del waiting[question]
+            if waiting:
+                time.sleep(_LOOK_SECONDS)
+        return replies
+
+    def _answers(self, question: str) -> "list[Message] | None":
+        try:
+            return list(self.grid.pull_messages([question]))
+        except _UNREADABLE:  # one node's answer must not end the run of the others
+            return None
+
+    def _starts(self) -> dict[int, str]:
+        return {info.node_id: info.last_activated_at for info in self.grid.get_nodes()}
 
 
 @dataclass
