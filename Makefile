@@ -8,12 +8,12 @@ INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c const
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint check format bench clean
+.PHONY: help demo test test-all lint check format bench bench-federated clean
 # Two installers in one environment get in each other's way.
 .NOTPARALLEL:
 
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.for-demo ## train on the bundled corpus, centrally and federated, and search
 	$(BIN)/caravan demo
@@ -41,6 +41,10 @@ bench: $(VENV)/.for-development ## run every benchmark: benchmarks/NAME.py write
 	@set -e; for script in $(sort $(wildcard benchmarks/*.py)); do \
 		echo "$$script"; $(BIN)/python $$script benchmarks/results/$$(basename $$script .py).json; \
 	done
+
+bench-federated: $(VENV)/.for-development ## measure the speed-up of a federation (best on an idle machine)
+	@mkdir -p benchmarks/results
+	$(BIN)/python benchmarks/speedup.py benchmarks/results/speedup.json
 
 clean: ## remove caches and build outputs, but not .venv
 	rm -rf build dist src/*.egg-info .coverage .pytest_cache .ruff_cache .import_linter_cache .hypothesis
