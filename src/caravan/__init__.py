@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from caravan.data.dataset import Catalogue, Dataset
     from caravan.data.records import Document, Example, Hit
     from caravan.errors import CaravanError
+    from caravan.federation.personal import personalise
     from caravan.model.retriever import Retriever
     from caravan.storage import load, save
 
@@ -32,6 +33,7 @@ _HOME = {
     "evaluate": "caravan.app.comparison",
     "federate": "caravan.app.learning",
     "load": "caravan.storage",
+    "personalise": "caravan.federation.personal",
     "read_config": "caravan.config",
     "save": "caravan.storage",
     "train": "caravan.app.learning",
@@ -50,6 +52,7 @@ __all__ = [
     "evaluate",
     "federate",
     "load",
+    "personalise",
     "read_config",
     "save",
     "train",

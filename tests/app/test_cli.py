@@ -72,7 +72,7 @@ def shown(command: str) -> str:
 
 
 def test_the_commands_are_those_of_the_manual():
-    names = ["demo", "train", "evaluate", "compare", "compare communication", "search", "info", "federate"]
+    names = ["demo", "train", "evaluate", "compare", "compare communication", "search", "info", "personalise", "federate"]
     assert list(TREE.commands) == names
     assert list(GROUP) == ["init", "server", "client", "submit", "status"]
 

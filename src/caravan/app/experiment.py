@@ -106,17 +106,14 @@ def compare_saved(
     # All of them before anything is computed: a folder that is no retriever is to be known at once.
     retrievers = _load_all(folders)
     first = retrievers[0]
-    values: Any = first.record.get("config") or Config(backbone=first.encoder.backbone.config).to_dict()
-    if not isinstance(values, dict) or not isinstance(values.get("data"), dict):
-        raise StorageError(f"{folders[0]}/training.json: config holds no settings; restore the file, or train again")
     changes = dict(settings or {})
     if data is not None:
-        changes["data.path"] = data
         # Files named for the training data say nothing about other data.
-        values["data"] = {**values["data"], "documents": None, "validation": None, "test": None}
+        others = {"data.documents": None, "data.validation": None, "data.test": None}
+        changes = {**others, **changes, "data.path": data}
     if baselines is not None:
         changes["evaluation.baselines"] = baselines
-    config = config_from_dict(changed(values, changes), source=f"{folders[0]}/training.json")
+    config = recorded_settings(first, folders[0], changes)
     dataset = Dataset.from_config(config.data, seed=config.seed)
     comparison = Comparison(dataset, config, store=FeatureStore(default_cache()), report=report)
     names = _names(folders)
@@ -128,6 +125,24 @@ def compare_saved(
         seconds = retriever.record.get("seconds")
         comparison.add_retriever(name, retriever, seconds=float(seconds) if isinstance(seconds, int | float) else 0.0)
     return comparison, measure_latency(retrievers[-1], comparison.texts)
+
+
+def recorded_settings(retriever: Retriever, folder: str, changes: Mapping[str, Any]) -> Config:
+    """The settings that a saved retriever was trained with, some of them changed.
+
+    Args:
+        retriever: as loaded; one that was made without settings has the defaults.
+        folder: where it was loaded from, for messages.
+        changes: settings to change, by dotted key.
+
+    Raises:
+        ConfigError: a setting is unknown or not allowed.
+        StorageError: what was saved are no settings.
+    """
+    values: Any = retriever.record.get("config") or Config(backbone=retriever.encoder.backbone.config).to_dict()
+    if not isinstance(values, dict) or not isinstance(values.get("data"), dict):
+        raise StorageError(f"{folder}/training.json: config holds no settings; restore the file, or train again")
+    return config_from_dict(changed(values, changes), source=f"{folder}/training.json")
 
 
 def _load_all(folders: Sequence[str]) -> list[Retriever]:
