@@ -152,6 +152,8 @@ class FederationConfig:
     # sees them which documents were asked about
     # How updates become the new global tensors.
     strategy: StrategyName = "fedavg"  # one client equals central training, and nothing needs tuning
+    rows: Literal["all", "trained"] = "all"  # over which clients an average goes, row by row; "trained": those that
+    # changed the row. Plain FedAvg, until measured better everywhere
     proximal_mu: PositiveFloat = 0.01  # fedprox: the middle of the grid in its paper (arXiv:1812.06127)
     server_learning_rate: PositiveFloat | None = None  # None: fedavgm 1, the average itself; fedadam, fedyogi 0.01, a
     # fifth of a typical value in a head's row, where Flower's 0.1 for fedadam would overwrite the row in one round

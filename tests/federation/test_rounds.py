@@ -235,3 +235,27 @@ def test_a_plan_that_cannot_be_carried_out_is_refused(changes, reason):
     plan = {"initial": REFERENCE, "clients": ["a", "b"], "rounds": 1, "first_round": 1, **changes}
     with pytest.raises(FederationError, match=reason):
         check_plan(**plan)
+
+
+def test_a_row_is_averaged_over_those_that_trained_it_where_that_is_asked_for():
+    start = {"rows": torch.zeros(4, 2), "bias": torch.ones(4), "scale": torch.tensor(5.0)}
+    lima = Update("lima", {"rows": torch.tensor([[1.0, 0], [0, 0], [4, 4], [0, 0]]), "bias": torch.ones(4)}, 1)
+    oslo = Update("oslo", {"rows": torch.tensor([[5.0, 2], [2, 2], [0, 0], [0, 0]]), "bias": 3 * torch.ones(4)}, 3)
+    lima.tensors["scale"], oslo.tensors["scale"] = torch.tensor(7.0), torch.tensor(5.0)
+    averaged = average([lima, oslo], trained_from=start)
+    # Both trained row 0, (1 + 3 * 5) / 4; oslo alone row 1; lima alone row 2; nobody row 3.
+    assert averaged["rows"].tolist() == [[4, 1.5], [2, 2], [4, 4], [0, 0]]
+    assert averaged["bias"].tolist() == [3, 3, 3, 3]  # lima left all of it, oslo alone counts
+    assert averaged["scale"].item() == 7
+    assert average([lima, oslo])["rows"].tolist() == [[4, 1.5], [1.5, 1.5], [1, 1], [0, 0]]
+
+
+def test_where_everybody_trains_every_row_both_averages_are_the_same_bits():
+    generator = torch.Generator().manual_seed(3)
+    start = {"rows": torch.zeros(5, 3), "scale": torch.tensor(1.0)}
+    updates = [
+        Update(name, {key: torch.randn(tensor.shape, generator=generator) for key, tensor in start.items()}, count)
+        for name, count in (("lima", 3), ("oslo", 7), ("pune", 11))
+    ]
+    ours, plain = average(updates, trained_from=start), average(updates)
+    assert all(torch.equal(ours[name], plain[name]) and ours[name].dtype == torch.float32 for name in start)

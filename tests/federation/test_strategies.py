@@ -203,3 +203,15 @@ def test_a_whole_run_of_a_strategy_is_its_steps_one_after_another(name):
     for number in (1, 2, 3):
         tensors = by_hand.combine(number, [toy_train(site, tensors, number) for site in SITES], tensors)
     assert_same_bits(run_federation(start_tensors(), SITES, toy_train, rounds=3, settings=settings), tensors)
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "fedprox", "fedavgm"])
+def test_rows_that_a_client_left_alone_do_not_hold_the_others_back_where_that_is_asked_for(strategy):
+    start = {"rows": torch.zeros(2, 3)}
+    updates = [
+        Update("lima", {"rows": torch.tensor([[1.0, 2, 3], [0, 0, 0]])}, 1),
+        Update("oslo", {"rows": torch.tensor([[0.0, 0, 0], [4, 5, 6]])}, 9),
+    ]
+    settings = FederationConfig(strategy=strategy, rows="trained", server_momentum=0.0)
+    joined = Strategy(settings).combine(1, updates, start)
+    torch.testing.assert_close(joined["rows"], torch.tensor([[1.0, 2, 3], [4, 5, 6]]))

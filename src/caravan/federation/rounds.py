@@ -119,7 +119,7 @@ def update_norm(update: Update, reference: Mapping[str, Tensor]) -> float:
     return math.hypot(*(float(torch.linalg.vector_norm(change)) for change in changes))
 
 
-def average(updates: Iterable[Update]) -> dict[str, Tensor]:
+def average(updates: Iterable[Update], *, trained_from: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     r"""Average the updates of a round, each weighted by its examples (FedAvg; arXiv:1602.05629, algorithm 1).
 
     $$ \theta = \sum_i \frac{n_i}{n} \theta_i, \quad n = \sum_i n_i $$
@@ -128,8 +128,14 @@ def average(updates: Iterable[Update]) -> dict[str, Tensor]:
     digits (Knuth's two-sum), so the result does not depend on who answered first; with float32 tensors the average of
     equal updates is that update, bit for bit.
 
+    With `trained_from` each row (of a scalar: all of it) is averaged over those clients alone that trained it, i then
+    running over them in numerator and n: the rows of a head stand for documents, and a client that has no query for a
+    document sends its row as it got it, which would hold the others back. (Federated submodel averaging,
+    arXiv:2109.07704, scales the step of a feature by the number of clients over the number of those that have it.)
+
     Args:
         updates: one or more, of distinct clients and equal form. Values are not looked at: `check` them before.
+        trained_from: the tensors the round began with; None: every row is averaged over all clients.
 
     Returns:
         New tensors with the names, shapes and dtypes of the updates. Of one update: bit-identical copies.
@@ -139,7 +145,7 @@ def average(updates: Iterable[Update]) -> dict[str, Tensor]:
     """
     first: Update | None = None
     clients: set[str] = set()
-    total = 0
+    weights: dict[str, Tensor | float] = {}  # one for all of a tensor, or one a row
     sums: dict[str, tuple[Tensor, Tensor]] = {}
     for update in updates:
         if update.client in clients:
@@ -147,18 +153,33 @@ def average(updates: Iterable[Update]) -> dict[str, Tensor]:
         first = first or update
         _check_form(update, first.tensors)
         clients.add(update.client)
-        total += update.examples
-        for name, tensor in first.tensors.items():
+        for name, tensor in update.tensors.items():
             if name not in sums:
                 zeros = torch.zeros(tensor.shape, dtype=torch.float64, device=tensor.device)
-                sums[name] = (zeros, zeros.clone())
+                sums[name], weights[name] = (zeros, zeros.clone()), 0.0
+            weight = float(update.examples)
+            if trained_from is not None:
+                weight = weight * _changed_rows(tensor.detach(), trained_from[name])
             # n_i * theta_i is exact for float32 values: dividing once at the end rounds less than weights n_i/n.
-            _add(*sums[name], update.tensors[name].detach().to(sums[name][0]) * float(update.examples))
+            _add(*sums[name], tensor.detach().to(torch.float64) * weight)
+            weights[name] = weights[name] + weight
     if first is None:
         raise FederationError("there is no update to average: every client failed or was refused; see their reasons")
     if len(clients) == 1:
         return {name: tensor.detach().clone() for name, tensor in first.tensors.items()}
-    return {name: ((high + low) / float(total)).to(first.tensors[name].dtype) for name, (high, low) in sums.items()}
+    averaged: dict[str, Tensor] = {}
+    for name, (high, low) in sums.items():
+        mean = (high + low) / weights[name]
+        if trained_from is not None:
+            mean = torch.where(torch.as_tensor(weights[name]) > 0, mean, trained_from[name])
+        averaged[name] = mean.to(first.tensors[name].dtype)
+    return averaged
+
+
+def _changed_rows(tensor: Tensor, before: Tensor) -> Tensor:
+    """Which rows differ, float64: shape (R, 1, ...) for a tensor of R rows, () for a scalar."""
+    changed = tensor != before
+    return (changed.flatten(1).any(dim=1).view(-1, *[1] * (tensor.ndim - 1)) if tensor.ndim > 1 else changed).double()
 
 
 def _add(high: Tensor, low: Tensor, term: Tensor) -> None:

@@ -58,10 +58,11 @@ class Strategy:
         Raises:
             FederationError: a result is not finite.
         """
+        trained_from = reference if self.settings.rows == "trained" else None
         if self.settings.strategy in _AVERAGES:
-            combined = average(updates)
+            combined = average(updates, trained_from=trained_from)
         elif self.settings.strategy in _OPTIMIZERS:
-            combined = self._optimize(number, average(updates), reference)
+            combined = self._optimize(number, average(updates, trained_from=trained_from), reference)
         else:
             ordered = sorted(updates, key=lambda update: update.client)
             arrays = _aggregate(
