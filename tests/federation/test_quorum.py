@@ -117,6 +117,7 @@ def test_settings_that_eight_clients_can_never_meet_are_refused(settings, says):
     [
         ({"strategy": "krum"}, 'strategy = "krum" needs each; use fedavg, fedprox'),
         ({"max_update_norm": 1.0}, "max_update_norm is about each; leave it out"),
+        ({"rows": "trained"}, 'needs to see who changed a row; set it to "all"'),
         ({"codec": "int8"}, 'set codec to "none", not "int8"'),
         ({"max_examples": None}, "set it to the largest client's example count"),
         ({"clients_per_round": 2}, "of 3 to 1024 clients; a round asks 2"),

@@ -52,6 +52,8 @@ def _check_secure(settings: FederationConfig, asked: int) -> None:
         raise ConfigError(f"{needs}, max_update_norm is about each; leave it out")
     if settings.codec != "none":
         raise ConfigError(f'{needs}, as whole numbers; set codec to "none", not "{settings.codec}"')
+    if settings.rows == "trained":
+        raise ConfigError(f'{needs}, rows = "trained" needs to see who changed a row; set it to "all"')
     if settings.max_examples is None:
         raise ConfigError(f"{needs}, weighted by shares of max_examples; set it to the largest client's example count")
     if not _LEAST_SUMMED <= asked <= _MOST_SUMMED:
