@@ -69,7 +69,11 @@ class RealFederation:
     def start(self, name: str, *arguments: object, **settings: str) -> subprocess.Popen[bytes]:
         """Start `caravan federate ...` as a process with a log; `settings` are further environment variables."""
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.25", **settings}
-        with (self.logs / f"{name}.log").open("wb") as log:
+        if name in self.processes:
+            self.stop(name)
+        path = self.logs / f"{name}.log"
+        path.write_bytes(b"")
+        with path.open("ab") as log:  # what is left of an earlier process of this name may write to it, too
             process = subprocess.Popen(
                 [sys.executable, "-c", _PROGRAM, "federate", *map(str, arguments)],
                 stdout=log,
@@ -168,7 +172,7 @@ class RealFederation:
     def kill(self, name: str) -> None:
         """End a process and all that it has started as a power cut does."""
         self._remember()
-        process, below = self.processes.pop(name), self._below(name)
+        below, process = self._below(name), self.processes.pop(name)
         self._kill_group(process)
         for pid in below:
             with suppress(ProcessLookupError):

@@ -1,15 +1,40 @@
 """A process of Flower's on a busy machine: it keeps its task, however long its own imports last."""
 
 import http.server
+import os
 import subprocess
 import sys
 import threading
 from importlib.metadata import distribution
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from caravan.federation import starting
+from loopback_network import write_queries
+from real_federation import make_folder, real_federation
+from toy_experiments import DATASET, make_place
+
+# Loaded by each Python process that finds it: where the process is the server's app, Flower takes longer to load than
+# its claim on a task lasts, and the process leaves a line in the file `starts`.
+SLOW = """
+import importlib.util, pathlib, sys, time
+
+class Slow:
+    def find_spec(self, name, path=None, target=None):
+        if name == "flwr":
+            sys.meta_path.remove(self)
+            spec = importlib.util.find_spec(name)
+            load = spec.loader.exec_module
+            spec.loader.exec_module = lambda module: (time.sleep(45), load(module))
+            return spec
+
+if any("flwr-serverapp" in word for word in sys.orig_argv):
+    sys.meta_path.insert(0, Slow())
+    with pathlib.Path(__file__).with_name("starts").open("a") as file:
+        file.write("started\\n")
+"""
 
 
 @pytest.fixture
@@ -85,3 +110,18 @@ def test_nothing_but_the_standard_library_is_loaded_before_the_first_word():
         "caravan.federation",
         "caravan.federation.starting",
     }
+
+
+@pytest.mark.slow
+def test_a_real_run_whose_process_takes_longer_to_load_than_its_claim_lasts_begins_once(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("CARAVAN_CACHE", str(tmp_path / "cache"))
+    place = make_place(tmp_path)
+    folder = make_folder(tmp_path / "fed", place, place.config(mode="head", federation={"rounds": 1}), ["east"])
+    (tmp_path / "slow").mkdir()
+    (tmp_path / "slow/sitecustomize.py").write_text(SLOW, encoding="utf-8")
+    found_first = os.pathsep.join((str(tmp_path / "slow"), os.environ.get("PYTHONPATH", "")))
+    with real_federation(folder) as federation:
+        federation.serve(PYTHONPATH=found_first)
+        federation.join("east", write_queries(tmp_path / "east.csv", DATASET, "east"))
+        assert federation.submit(tmp_path / "out") == 0, federation.said("submit")
+    assert (tmp_path / "slow/starts").read_text(encoding="utf-8") == "started\n"
