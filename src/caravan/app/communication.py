@@ -46,8 +46,8 @@ class Trained:
         method: what was trained beside the head.
         codec: how the clients packed it.
         recall: recall@1 on the evaluation split.
-        up: bytes that one client sent in one round of the adapter stage, frames of the tensors included.
-        down: bytes that it received.
+        up: bytes that one client sent in a round of the adapter stage, on average, as serialised.
+        down: bytes that it received, likewise.
         rounds: of that stage.
         seconds: of that stage.
     """

@@ -100,7 +100,8 @@ class Payload:
         head: bytes of the head.
         to_lora: `part` by that of a LoRA on queries and values of the same codec; None where no layer is called so.
         to_full: `part + head` by that of the full adapter in float32.
-        down: bytes of adapter and head from the server to the client, which are not packed.
+        down: bytes of adapter and head from the server to a client that has not got the round's start packed, as in a
+            stage's first round; with a codec, later rounds bring it as many as go up.
     """
 
     method: Method
