@@ -1,6 +1,6 @@
 """What do clients that lie or break cost each strategy? banking77, head mode, ten clients dealt at random.
 
-Usage: python benchmarks/attacks.py OUT.json [--split validation] [--only STRATEGY ...] [--set NAME=VALUE ...]
+Usage: python benchmarks/attacks.py OUT.json [--split validation] [--only STRATEGY ...] [--set KEY=VALUE ...]
 
 Two clients attack in every round. Each attack is run with the bounds that docs/federation.md recommends (the largest
 honest shard; one and a half times the longest honest step of the same strategy's run without attackers), and those that
@@ -28,10 +28,11 @@ from torch import Tensor
 
 from caravan.app.comparison import rank_queries
 from caravan.app.learning import Experiment
-from caravan.config import Config, DataConfig, FederationConfig, StrategyName, config_from_dict
+from caravan.app.options import parse_settings
+from caravan.config import Config, FederationConfig, StrategyName, changed, config_from_dict
 from caravan.data.dataset import Dataset
 from caravan.data.records import Example
-from caravan.errors import FederationError
+from caravan.errors import FederationError, TrainingError
 from caravan.federation.flower import run_federation
 from caravan.federation.local import Part, train_client, trained_names
 from caravan.federation.rounds import RoundReport, Update
@@ -166,15 +167,9 @@ def run(clients: Clients, settings: FederationConfig, attack: str | None, names:
             seed=clients.config.seed,
             on_round=lambda report, _: reports.append(report),
         )
-    except FederationError as error:
+        recall = _recall(clients.experiment, tensors)
+    except (FederationError, TrainingError) as error:
         return {**result, "ended": str(error)}
-    dataset = clients.experiment.dataset
-    retriever = clients.experiment.retriever
-    retriever.load_trainable_state(tensors, partial=True)
-    asked = dataset.test or dataset.validation
-    ranking = rank_queries(retriever, [example.text for example in asked], clients.experiment.store)
-    gold = [dataset.catalogue.gold_rows(example) for example in asked]
-    recall = measure(ranking, gold, bootstrap=0)["recall@1"].value
     return {
         **result,
         "recall": recall,
@@ -185,18 +180,27 @@ def run(clients: Clients, settings: FederationConfig, attack: str | None, names:
     }
 
 
+def _recall(experiment: Experiment, tensors: Mapping[str, Tensor]) -> float:
+    dataset = experiment.dataset
+    experiment.retriever.load_trainable_state(tensors, partial=True)
+    asked = dataset.test or dataset.validation
+    ranking = rank_queries(experiment.retriever, [example.text for example in asked], experiment.store)
+    gold = [dataset.catalogue.gold_rows(example) for example in asked]
+    return measure(ranking, gold, bootstrap=0)["recall@1"].value
+
+
 def main() -> None:
     """Run what is missing, then print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--split", choices=["test", "validation"], default="test", help="validation: a fifth of train")
     parser.add_argument("--only", nargs="*", choices=STRATEGIES, default=STRATEGIES)
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="of [federation], for all")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting, for all runs")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     if not (DATA / "banking77").is_dir():
         sys.exit(f"{DATA / 'banking77'} is not there; set CARAVAN_DATA to the folder that holds banking77")
-    changes = dict(change.split("=", 1) for change in arguments.set)
+    changes = parse_settings(arguments.set)
     results = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {"runs": {}}
     results |= {"split": arguments.split, "seed": arguments.seed, "set": changes}
     results["machine"] = {
@@ -209,27 +213,30 @@ def main() -> None:
     for strategy in arguments.only:
         count = CLIENTS.get(strategy, 10)
         if count not in groups:
-            groups[count] = _clients(count, arguments.seed, arguments.split)
-        _run_strategy(results, arguments.out, strategy, groups[count], changes)
+            groups[count] = _clients(count, arguments.seed, arguments.split, changes)
+        _run_strategy(results, arguments.out, strategy, groups[count])
     print(tables(results["runs"]))
 
 
-def _clients(count: int, seed: int, split: str) -> Clients:
-    config = Config(
-        seed=seed,
-        data=DataConfig(path=str(DATA / "banking77"), validation_fraction=0.0 if split == "test" else 0.2),
-        federation=FederationConfig(clients=count),
-    )
-    config = replace(config, training=replace(config.training, mode="head"))
+def _clients(count: int, seed: int, split: str, changes: Mapping[str, Any]) -> Clients:
+    settings = {
+        "seed": seed,
+        "data.path": str(DATA / "banking77"),
+        "data.validation_fraction": 0.0 if split == "test" else 0.2,
+        "training.mode": "head",
+        "federation.clients": count,
+    }
+    config = config_from_dict(changed({}, {**settings, **changes}))
     dataset = Dataset.from_config(config.data, seed=seed)
     # What is not measured on is not there: neither to look at by mistake.
     return Clients(replace(dataset, validation=()) if split == "test" else replace(dataset, test=()), config)
 
 
-def _run_strategy(results: dict, out: Path, strategy: str, clients: Clients, changes: Mapping[str, str]) -> None:
+def _run_strategy(results: dict, out: Path, strategy: str, clients: Clients) -> None:
     clients.forget()
-    values = {"strategy": strategy, "byzantine_clients": ATTACKERS, **SETTINGS.get(strategy, {}), **changes}
-    free = config_from_dict({"federation": {"clients": len(clients.names), **values}}).federation
+    values = {"strategy": strategy, "byzantine_clients": ATTACKERS, **SETTINGS.get(strategy, {})}
+    sections = {f"federation.{name}": value for name, value in values.items()}
+    free = config_from_dict(changed(clients.config.to_dict(), sections)).federation
 
     def once(name: str, settings: FederationConfig, attack: str | None, names: list[str]) -> dict[str, Any]:
         key = f"{strategy}/{name}"
