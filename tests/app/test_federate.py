@@ -1,3 +1,4 @@
+import os
 import shlex
 import tomllib
 from pathlib import Path
@@ -43,6 +44,17 @@ def test_the_server_is_flowers_with_tls_node_keys_and_without_telemetry(fed):
     assert [words[:3] + words[4:] for _, words in keys] == [
         ["flwr", "supernode", "register", "caravan", "--name", node] for node in ("lima", "oslo")
     ]
+
+
+@pytest.mark.parametrize("command", [("server",), ("client", "--name", "oslo", "--data", "mine.csv")])
+def test_flowers_further_programs_are_found_among_our_own_first(fed, command):
+    name, *options = command
+    (environment, _), *_ = commands(name, fed, *options)
+    first, _, rest = environment["PATH"].partition(os.pathsep)
+    assert rest == "$PATH"  # the shell's own
+    for program in ("flwr-serverapp", "flwr-clientapp"):
+        assert os.access(Path(first) / program, os.X_OK)
+        assert f"caravan.federation.starting {program} " in (Path(first) / program).read_text(encoding="utf-8")
 
 
 def test_flowers_own_commands_find_the_server_in_the_folder(fed):

@@ -13,8 +13,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from caravan.app.deployment import Deployment
+from caravan.app.operation import status
 from loopback_network import write_queries
-from real_federation import RealFederation, make_folder, real_federation
+from real_federation import RealFederation, make_folder, real_federation, wait_until
 from toy_experiments import DATASET, Place, make_place
 
 pytestmark = pytest.mark.slow
@@ -71,12 +72,24 @@ def test_a_server_of_another_authority_is_not_trusted(running, place, tmp_path, 
     assert "CERTIFICATE_VERIFY_FAILED" in refused(running, folder, north)
 
 
-def test_plaintext_is_refused(running, north):
+def test_plaintext_gets_no_connection(running, north):
     folder = other_folder(running, "c")
     settings = folder / "caravan.toml"
     text = settings.read_text(encoding="utf-8").replace("insecure = false", "insecure = true")
     settings.write_text(text, encoding="utf-8")
-    refused(running, folder, north)
+    running.join("north", north, folder=folder, log="impostor")
+    try:
+        wait_until(
+            lambda: running.said("impostor").count("Connection attempt failed") >= 3,
+            lambda: running.said("impostor"),
+        )
+        assert "SuperNode ID" not in running.said("impostor")
+        assert {node["name"]: node["status"] for node in status(Deployment.read(running.folder))["nodes"]} == {
+            "east": "online",
+            "north": "registered",
+        }
+    finally:
+        running.stop("impostor")
 
 
 def test_a_second_process_with_a_nodes_key_is_refused_while_the_first_is_there(running, tmp_path, north):
