@@ -247,7 +247,8 @@ import caravan.app.experiment
 from transformers import BertModel
 from caravan.app.cli import main
 
-def run(saves, command):
+def run(saves, cache, command):
+    os.environ["CARAVAN_CACHE"] = cache
     fsync = os.fsync
     def killed(descriptor):
         nonlocal saves
@@ -259,10 +260,10 @@ def run(saves, command):
     sys.argv = ["caravan", *command]
     main()
 
-for saves, command in json.loads(sys.argv[1]):
+for saves, cache, command in json.loads(sys.argv[1]):
     child = os.fork()
     if not child:
-        run(saves, command)
+        run(saves, cache, command)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
@@ -295,10 +296,13 @@ def killed(place, tmp_path_factory):
     runs = {
         name: (place.config(checkpoint_seconds=1e-9, **parts), root / name) for name, (parts, _, _) in KILLED.items()
     }
-    commands = [(KILLED[name][1], command(config, out)) for name, (config, out) in runs.items()]
+    # Vectors depend in their last bits on batch mates, so each run starts from an empty cache, as the whole one does.
+    commands = [
+        (KILLED[name][1], str(root / f"{name} cache"), command(config, out)) for name, (config, out) in runs.items()
+    ]
     program = subprocess.run(
         [sys.executable, "-c", _KILLED_IN_A_SAVE, json.dumps(commands)],
-        env={**os.environ, "CARAVAN_CACHE": str(root / "cache"), "OMP_NUM_THREADS": str(torch.get_num_threads())},
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
         capture_output=True,
         text=True,
         check=False,
