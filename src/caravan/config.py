@@ -189,6 +189,32 @@ class DeploymentConfig:
 
 
 @dataclass(frozen=True, kw_only=True, config=_STRICT)
+class PrivacyConfig:
+    """What training may reveal about one query, or about all of one user's (`[privacy]`)."""
+
+    mode: Literal["none", "dp-sgd", "dp-sgd-adaptive", "paper"] = "none"  # a guarantee costs accuracy: ask for it
+    # One of these two says how much noise there is.
+    epsilon: PositiveFloat | None = None  # of this training as a whole, both stages: what most people can reason about
+    noise_multiplier: NonNegativeFloat | None = None  # sigma, instead of epsilon: noise over clip, on the sum
+    delta: Annotated[float, Field(gt=0, lt=1)] | None = None  # None: n^-1.1, below one in as many as there are units
+    clip: PositiveFloat = 1.0  # L2 norm at which a unit's gradient is cut; adaptive: where it starts
+    batch: PositiveInt = 512  # expected units a step: noise does not grow with it, the signal does
+    unit: Literal["example", "user"] = "example"  # of whom the guarantee speaks; users need a column that names them
+    user_column: str | None = None  # unit = "user": the column of the queries' files
+    examples_per_user: PositiveInt = 1  # of a user and step, clipped as one; more cost time and cancel out in part
+    quantile: Annotated[float, Field(gt=0, lt=1)] = 0.5  # adaptive: the share left unclipped, as in arXiv:1905.03871
+    clip_rate: PositiveFloat = 0.2  # adaptive: how fast the clip follows, as in arXiv:1905.03871
+    epsilon_cap: PositiveFloat | None = None  # over the life of the data, all runs; None: its owner has set no limit
+    public_validation: bool = False  # whether validation queries are nobody's: their recall is printed as it is
+    # Mode "paper", which proves little (arXiv:2509.16508): its own numbers.
+    paper_noise: NonNegativeFloat = 0.1  # noise over clip
+    paper_decay: Fraction = 0.9  # of the moving average of norms that the clip is
+    paper_quantile: Annotated[float, Field(gt=0, le=1)] = 0.9  # of a batch's norms, that goes into it
+    paper_warmup: Annotated[int, Field(ge=0)] = 6  # epochs without noise
+    paper_clipping: Literal["batch", "example"] = "batch"  # what is cut: the batch's mean gradient, or each one's
+
+
+@dataclass(frozen=True, kw_only=True, config=_STRICT)
 class Config:
     """All settings of one experiment."""
 
@@ -198,6 +224,7 @@ class Config:
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     federation: FederationConfig = field(default_factory=FederationConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     deployment: DeploymentConfig = field(default_factory=DeploymentConfig)

@@ -177,23 +177,22 @@ class TestGradients:
                 slope = float((above - below) / (2 * step))
                 assert float(core.grad[row, column]) == pytest.approx(slope, rel=2e-2, abs=2e-3)
 
-    def test_a_transform_sees_the_soft_embeddings(self, backbone_of: Backbones) -> None:
+    def test_vectors_are_those_of_the_soft_embeddings_alone(self, backbone_of: Backbones) -> None:
         encoder = make(backbone_of("albert"), moved=0.1)
         input_ids, mask = pad(encoder.tokenize(TEXTS), device=torch.device("cpu"))
-        seen: list[Tensor] = []
-
-        def transform(soft: Tensor) -> Tensor:
-            seen.append(soft)
-            return soft * 0
-
-        changed = encoder(input_ids, mask, transform=transform)
-        assert torch.equal(seen[0], encoder.adapter(encoder.backbone.embed(input_ids)))
-        assert not torch.allclose(changed, encoder(input_ids, mask), atol=1e-3)
+        soft = encoder.adapter(encoder.backbone.embed(input_ids)).detach().requires_grad_()
+        vectors = encoder.vectors(soft, mask)
+        assert torch.equal(vectors, encoder(input_ids, mask))
+        vectors[:, 0].sum().backward()
+        assert encoder.adapter.matrix.grad is None
+        assert soft.grad is not None
+        assert not soft.grad[~mask].any()  # nothing comes back to padding
 
     def test_another_copy_of_the_blocks_can_do_the_work(self, backbone_of: Backbones) -> None:
         encoder = make(backbone_of("llama"), moved=0.1)
         input_ids, mask = pad(encoder.tokenize(TEXTS), device=torch.device("cpu"))
-        narrow = encoder(input_ids, mask, backbone=encoder.backbone.cast(torch.bfloat16))
+        soft = encoder.adapter(encoder.backbone.embed(input_ids))
+        narrow = encoder.vectors(soft, mask, backbone=encoder.backbone.cast(torch.bfloat16))
         exact = encoder(input_ids, mask)
         assert narrow.dtype == torch.float32
         assert not torch.equal(narrow, exact)

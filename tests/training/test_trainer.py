@@ -239,14 +239,14 @@ def test_accumulated_micro_batches_equal_one_large_batch(backbone, stage, clip):
 
 def test_accumulation_holds_no_more_than_a_micro_batch_at_a_time(backbone, monkeypatch):
     sizes = []
-    original = Encoder.forward
+    original = Encoder.vectors
 
-    def forward(self, input_ids, mask, **options):
-        sizes.append(len(input_ids))
-        return original(self, input_ids, mask, **options)
+    def vectors(self, soft, mask, **options):
+        sizes.append(len(soft))
+        return original(self, soft, mask, **options)
 
     retriever = toy_retriever(backbone)
-    monkeypatch.setattr(Encoder, "forward", forward)
+    monkeypatch.setattr(Encoder, "vectors", vectors)
     config = toy_config(epochs=1, batch_size=4, gradient_accumulation=3)
     fit(retriever, EXAMPLES[:22], "adapter", config, seed=0)
     assert sorted(sizes) == [2, 4, 4, 4, 4, 4]
@@ -280,7 +280,7 @@ def test_the_gradients_norm_is_clipped_over_all_that_is_trained(backbone, stage)
 def test_every_example_is_trained_on_once_an_epoch_in_the_order_of_the_seed(backbone, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "caravan.training.trainer.epoch_batches",
+        "caravan.training.steps.epoch_batches",
         lambda lengths, size, *, seed, epoch: (
             asked.append((len(lengths), size, seed, epoch)),
             epoch_batches(lengths, size, seed=seed, epoch=epoch),

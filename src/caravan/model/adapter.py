@@ -4,13 +4,14 @@ import torch
 from torch import Tensor, nn
 
 from caravan.config import AdapterConfig
+from caravan.model.factors import Factors
 
 
 class Adapter(nn.Module):
     """A map of token embeddings e to soft embeddings e·A (+ b), with A = I at the start (arXiv:2509.16508, section 4).
 
-    Children say what A is through `apply_map`, and when it is I through `is_identity`. E is the width of the token
-    embeddings.
+    Children say what A is through `apply_map`, when it is I through `is_identity`, and what the gradients of its
+    parameters are made of through `map_factors`. E is the width of the token embeddings.
 
     Attributes:
         width: E.
@@ -24,6 +25,26 @@ class Adapter(nn.Module):
     def apply_map(self, embeddings: Tensor) -> Tensor:
         """Return e·A for float (..., E)."""
         raise NotImplementedError
+
+    def map_factors(self, embeddings: Tensor, gradients: Tensor) -> dict[str, Factors]:
+        """Return the factors of A's parameters, for float32 (B, T, E) and (B, T, E) as in `gradient_factors`."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def gradient_factors(self, embeddings: Tensor, gradients: Tensor) -> dict[str, Factors]:
+        """Say what each example's gradients are made of (arXiv:1510.01799, for places that share their parameters).
+
+        Args:
+            embeddings: float (B, T, E), what was mapped.
+            gradients: float32 (B, T, E), of example i's loss with respect to its soft embeddings; 0 at padding.
+
+        Returns:
+            Factors by the names of `named_parameters`.
+        """
+        factors = self.map_factors(embeddings.to(torch.float32), gradients)
+        if self.bias is not None:
+            factors["bias"] = Factors.of_bias(gradients, self.bias.shape)
+        return factors
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """Map float (..., E) to soft embeddings of the same shape in the adapter's float32."""
@@ -63,6 +84,10 @@ class FullAdapter(Adapter):
         """Return e·A."""
         return embeddings @ self.matrix
 
+    def map_factors(self, embeddings: Tensor, gradients: Tensor) -> dict[str, Factors]:
+        """Return e ⊗ g for A."""
+        return {"matrix": Factors(embeddings, gradients, self.matrix.shape)}
+
     def is_identity(self) -> bool:
         """Whether A = I and b = 0."""
         return super().is_identity() and torch.equal(self.matrix, torch.eye(self.width, device=self.matrix.device))
@@ -80,6 +105,13 @@ class LowRankAdapter(Adapter):
     def apply_map(self, embeddings: Tensor) -> Tensor:
         """Return e + (e·U)·V."""
         return embeddings + (embeddings @ self.down) @ self.up
+
+    def map_factors(self, embeddings: Tensor, gradients: Tensor) -> dict[str, Factors]:
+        """Return e ⊗ g·Vᵀ for U and e·U ⊗ g for V."""
+        return {
+            "down": Factors(embeddings, gradients @ self.up.T, self.down.shape),
+            "up": Factors(embeddings @ self.down, gradients, self.up.shape),
+        }
 
     def is_identity(self) -> bool:
         """Whether V = 0 and b = 0."""
@@ -103,6 +135,10 @@ class CoreAdapter(Adapter):
         """Return e + ((e·U)·R)·Vᵀ."""
         return embeddings + ((embeddings @ self.down) @ self.core) @ self.up.T
 
+    def map_factors(self, embeddings: Tensor, gradients: Tensor) -> dict[str, Factors]:
+        """Return e·U ⊗ g·V for R."""
+        return {"core": Factors(embeddings @ self.down, gradients @ self.up, self.core.shape)}
+
     def is_identity(self) -> bool:
         """Whether R = 0 and b = 0."""
         return super().is_identity() and not bool(self.core.any())
@@ -117,6 +153,11 @@ class IdentityAdapter(Adapter):
     def apply_map(self, embeddings: Tensor) -> Tensor:
         """Return e."""
         return embeddings
+
+    def map_factors(self, embeddings: Tensor, gradients: Tensor) -> dict[str, Factors]:
+        """Return nothing: there is no parameter."""
+        del embeddings, gradients
+        return {}
 
 
 def make_adapter(config: AdapterConfig, width: int) -> Adapter:

@@ -39,30 +39,30 @@ class Encoder(nn.Module):
         """Where vectors are computed."""
         return torch.device(self.backbone.config.device)
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        mask: Tensor,
-        *,
-        backbone: Backbone | None = None,
-        transform: Callable[[Tensor], Tensor] | None = None,
-    ) -> Tensor:
+    def forward(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         """Turn token ids into vectors, differentiably with respect to the adapter.
 
         Args:
             input_ids: int64 (B, T), padded on either side.
             mask: bool or int64 (B, T), 1 on tokens.
-            backbone: another copy of the blocks to compute with (a cast one, while training).
-            transform: a function of the soft embeddings (B, T, E), for regularisation while training.
 
         Returns:
             float32 (B, H); rows have L2 norm 1 when `normalize` is set.
         """
-        blocks = backbone or self.backbone
-        soft = self.adapter(self.backbone.embed(input_ids))
-        if transform is not None:
-            soft = transform(soft)
-        hidden = blocks.blocks(soft, mask).to(torch.float32)
+        return self.vectors(self.adapter(self.backbone.embed(input_ids)), mask)
+
+    def vectors(self, soft: Tensor, mask: Tensor, *, backbone: Backbone | None = None) -> Tensor:
+        """Turn soft embeddings into vectors, differentiably with respect to them.
+
+        Args:
+            soft: float32 (B, T, E), as the adapter gives them.
+            mask: bool or int64 (B, T), 1 on tokens.
+            backbone: another copy of the blocks to compute with (a cast one, while training).
+
+        Returns:
+            float32 (B, H); rows have L2 norm 1 when `normalize` is set.
+        """
+        hidden = (backbone or self.backbone).blocks(soft, mask).to(torch.float32)
         pooled = pool(hidden, mask, self.backbone.pooling)
         return functional.normalize(pooled, dim=1) if self.normalize else pooled
 

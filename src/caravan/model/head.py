@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from caravan.config import HeadConfig
+from caravan.model.factors import Factors
 
 
 class FlatHead(nn.Module):
@@ -36,6 +37,31 @@ class FlatHead(nn.Module):
             queries = self.pre(queries)
         return self.log_scale.exp() * (queries @ self.rows.T) + self.bias
 
+    @torch.no_grad()
+    def gradient_factors(self, queries: Tensor, score_gradients: Tensor) -> dict[str, Factors]:
+        """Say what each query's gradients are made of; nothing of size B · C · H is.
+
+        Args:
+            queries: float32 (B, H), what was scored.
+            score_gradients: float32 (B, C), of query i's loss with respect to its scores.
+
+        Returns:
+            Factors with T = 1 by the names of `named_parameters`.
+        """
+        inner = queries if self.pre is None else self.pre(queries)
+        scaled, slopes = self.log_scale.exp() * inner, score_gradients.unsqueeze(1)
+        inner_gradients = self.log_scale.exp() * (score_gradients @ self.rows)
+        along = (inner * inner_gradients).sum(dim=1)  # Σ_c δ_c (score_c - b_c), without the scores
+        factors = {
+            "rows": Factors(slopes, scaled.unsqueeze(1), self.rows.shape),
+            "bias": Factors.of_bias(slopes, self.bias.shape),
+            "log_scale": Factors.of_bias(along[:, None, None], self.log_scale.shape),
+        }
+        if self.pre is not None:
+            own = self.pre.gradient_factors(queries, inner_gradients)
+            factors |= {f"pre.{name}": factor for name, factor in own.items()}
+        return factors
+
 
 class _PreClassifier(nn.Module):
     def __init__(self, width: int, hidden: int) -> None:
@@ -48,6 +74,16 @@ class _PreClassifier(nn.Module):
 
     def forward(self, queries: Tensor) -> Tensor:
         return queries + torch.relu(queries @ self.inner + self.inner_bias) @ self.outer
+
+    def gradient_factors(self, queries: Tensor, gradients: Tensor) -> dict[str, Factors]:
+        """Say what the gradients are made of, for float32 (B, H) and the gradients (B, H) at what came out."""
+        hidden = torch.relu(queries @ self.inner + self.inner_bias)
+        hidden_gradients = ((gradients @ self.outer.T) * (hidden > 0)).unsqueeze(1)
+        return {
+            "inner": Factors(queries.unsqueeze(1), hidden_gradients, self.inner.shape),
+            "inner_bias": Factors.of_bias(hidden_gradients, self.inner_bias.shape),
+            "outer": Factors(hidden.unsqueeze(1), gradients.unsqueeze(1), self.outer.shape),
+        }
 
 
 class OutputAdapterHead(nn.Module):

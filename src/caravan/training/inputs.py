@@ -1,6 +1,7 @@
 """What the head is fed while training: vectors computed once, or tokens encoded anew at every step."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -11,6 +12,23 @@ from caravan.model.backbone import Backbone
 from caravan.model.encoder import Encoder, pad
 from caravan.training.features import FeatureStore
 from caravan.training.progress import Progress, Report
+
+
+@dataclass(frozen=True)
+class Traced:
+    """Vectors of a batch, and what the adapter's gradients are made of where it has any.
+
+    Attributes:
+        vectors: float32 (B, H); differentiable with respect to `soft`, and to nothing else.
+        embeddings: float (B, T, E), what the adapter mapped; None without an adapter to train.
+        soft: float32 (B, T, E), what it made of them: a leaf that requires a gradient.
+        mask: bool (B, T), True on tokens.
+    """
+
+    vectors: Tensor
+    embeddings: Tensor | None = None
+    soft: Tensor | None = None
+    mask: Tensor | None = None
 
 
 class Inputs(Protocol):
@@ -31,6 +49,10 @@ class Inputs(Protocol):
         """
         ...
 
+    def traced(self, batch: Sequence[int], noise: torch.Generator | None = None) -> Traced:
+        """Give what `queries` gives, cut off from the adapter's parameters, with what their gradients are made of."""
+        ...
+
     def close(self) -> None:
         """Leave the encoder as it was found."""
         ...
@@ -47,6 +69,10 @@ class VectorInputs:
     def queries(self, batch: Sequence[int], noise: torch.Generator | None = None) -> Tensor:
         """Look vectors up; with noise, set a share of their numbers to 0 and scale the rest up."""
         return _dropped(self.vectors[torch.tensor(batch, device=self.vectors.device)], self.dropout, noise)
+
+    def traced(self, batch: Sequence[int], noise: torch.Generator | None = None) -> Traced:
+        """Look vectors up, as `queries` does: there is no adapter before them."""
+        return Traced(self.queries(batch, noise))
 
     def close(self) -> None:
         """There is nothing to undo."""
@@ -66,11 +92,29 @@ class TokenInputs:
 
     def queries(self, batch: Sequence[int], noise: torch.Generator | None = None) -> Tensor:
         """Encode, differentiably with respect to the adapter; with noise, leave tokens and numbers of vectors out."""
+        embeddings, mask = self._embeddings(batch, noise)
+        return self._vectors(self.encoder.adapter(embeddings), mask, noise)
+
+    def traced(self, batch: Sequence[int], noise: torch.Generator | None = None) -> Traced:
+        """Encode, differentiably with respect to the soft embeddings."""
+        embeddings, mask = self._embeddings(batch, noise)
+        adapter = self.encoder.adapter
+        with torch.no_grad():
+            soft = adapter(embeddings)
+            if next(adapter.parameters(), None) is None:
+                return Traced(self._vectors(soft, mask, noise))
+        soft.requires_grad_()
+        return Traced(self._vectors(soft, mask, noise), embeddings, soft, mask)
+
+    def _embeddings(self, batch: Sequence[int], noise: torch.Generator | None) -> tuple[Tensor, Tensor]:
         tokens = [self.tokens[index] for index in batch]
         if noise is not None and self.token_dropout:
             tokens = [_thinned(ids, self.token_dropout, noise) for ids in tokens]
         input_ids, mask = pad(tokens, device=self.encoder.device)
-        return _dropped(self.encoder(input_ids, mask, backbone=self.backbone), self.dropout, noise)
+        return self.encoder.backbone.embed(input_ids), mask
+
+    def _vectors(self, soft: Tensor, mask: Tensor, noise: torch.Generator | None) -> Tensor:
+        return _dropped(self.encoder.vectors(soft, mask, backbone=self.backbone), self.dropout, noise)
 
     def close(self) -> None:
         """Stop checkpointing activations: the blocks may be the retriever's own."""

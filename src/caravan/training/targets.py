@@ -50,7 +50,11 @@ class Targets:
         self.weights = weights / weights.mean()
 
     def loss(self, scores: Tensor, batch: Sequence[int], smoothing: float) -> Tensor:
-        """Mean weighted cross-entropy (arXiv:2509.16508, eq. 4) with label smoothing (arXiv:1512.00567, section 7).
+        """Mean of `losses`, float32 (): divided by B, not by the sum of weights, so that an epoch's batches add up."""
+        return self.losses(scores, batch, smoothing).mean()
+
+    def losses(self, scores: Tensor, batch: Sequence[int], smoothing: float) -> Tensor:
+        """Weighted cross-entropy (arXiv:2509.16508, eq. 4) with label smoothing (arXiv:1512.00567, section 7).
 
         Args:
             scores: float32 (B, C), logits.
@@ -58,15 +62,14 @@ class Targets:
             smoothing: share of each target that is spread evenly over all C documents.
 
         Returns:
-            float32 (), nats; the sum over the batch is divided by B, not by the sum of the weights, so that batches of
-            one epoch add up.
+            float32 (B,), nats; each depends on its own row of scores only.
         """
         index = torch.tensor(batch, device=scores.device)
         log_probability = functional.log_softmax(scores, dim=1)
         gold = (log_probability.gather(1, self.rows[index]) * self.share[index]).sum(dim=1)
         if smoothing:
             gold = (1 - smoothing) * gold + smoothing * log_probability.mean(dim=1)
-        return -(gold * self.weights[index]).mean()
+        return -(gold * self.weights[index])
 
 
 class HeldRows:

@@ -19,8 +19,11 @@ from caravan.training.batches import epoch_batches, noise_source
 from caravan.training.checkpoint import Checkpoint, Snapshot
 from caravan.training.features import FeatureStore
 from caravan.training.inputs import Inputs, TokenInputs, encode_inputs
+from caravan.training.mechanism import NoisedSteps, PaperSteps
 from caravan.training.optimizer import make_optimizer, rate_factor
+from caravan.training.private import PrivateSteps
 from caravan.training.progress import Progress, Report
+from caravan.training.steps import Batches, PlainSteps, Steps, Work
 from caravan.training.targets import HeldRows, Targets
 
 Stage = Literal["head", "adapter"]
@@ -35,14 +38,15 @@ class EpochRecord:
     Attributes:
         stage: "head" or "adapter".
         epoch: from 0.
-        loss: mean training loss over the epoch's queries, nats, each as it was when its batch was trained on.
+        loss: mean training loss over the epoch's queries, nats, each as it was when its batch was trained on; None of
+            a private training, which may not tell.
         validation_recall: share of validation queries whose first hit is gold, or None without validation.
         seconds: wall-clock time of the training steps.
     """
 
     stage: str
     epoch: int
-    loss: float
+    loss: float | None
     validation_recall: float | None
     seconds: float
 
@@ -61,6 +65,7 @@ def fit(
     report: Report | None = None,
     checkpoint: Checkpoint | None = None,
     proximal_mu: float = 0.0,
+    privacy: PrivateSteps | None = None,
 ) -> list[EpochRecord]:
     """Train a retriever in place on one machine's examples (cross-entropy over documents; arXiv:2509.16508, eq. 4).
 
@@ -84,6 +89,9 @@ def fit(
         checkpoint: where to save every `config.checkpoint_seconds`; a snapshot found there is taken up.
         proximal_mu: adds mu/2 ||theta - theta_0||^2 to what is minimised, theta_0 being the retriever as it was given
             (FedProx; arXiv:1812.06127, eq. 2); the losses that are reported are without it.
+        privacy: how a guarantee is kept. Then an epoch is as many steps as see each unit about once; the whole
+            gradient is not clipped again; no row of the head is held, as the held ones are those without queries; and
+            validation is not looked at unless it is public.
 
     Returns:
         One record an epoch, of this call and of the snapshot it took up.
@@ -93,6 +101,7 @@ def fit(
             finite; then the retriever is not to be used.
         DataError: an example's gold document is not in the catalogue.
         StorageError: the checkpoint cannot be written or trusted.
+        PrivacyError: a setting does not go with `privacy`, or its budget is spent.
     """
     settings = config.head if stage == "head" else config.adapter
     epochs = range(settings.epochs) if epochs is None else epochs
@@ -104,8 +113,13 @@ def fit(
             "stay within the whole training"
         )
     # Whatever can be refused is refused before the long work of encoding.
+    if privacy is not None:
+        privacy.check(retriever, examples, config, passages=bool(passages))
+        validation = validation if privacy.config.public_validation else ()
     snapshot = checkpoint.load() if checkpoint else None
-    training = _Fit(retriever, examples, passages, stage, config, seed, epochs, validation, report, proximal_mu)
+    training = _Fit(
+        retriever, examples, passages, stage, config, seed, epochs, validation, report, proximal_mu, privacy
+    )
     if checkpoint and snapshot:
         training.restore(checkpoint, snapshot)
     training.prepare(store or FeatureStore())
@@ -129,6 +143,7 @@ class _Fit:
     """The state of one call of `fit`."""
 
     inputs: Inputs  # the examples' queries, the passages, then the queries of validation
+    steps: Steps
 
     def __init__(
         self,
@@ -142,8 +157,10 @@ class _Fit:
         validation: Sequence[Example],
         report: Report | None,
         proximal_mu: float,
+        privacy: PrivateSteps | None,
     ) -> None:
         self.retriever, self.stage, self.config, self.seed = retriever, stage, config, seed
+        self.examples, self.privacy = examples, privacy
         self.settings: HeadStageConfig | AdapterStageConfig = config.head if stage == "head" else config.adapter
         self.epochs, self.report = epochs, report
         self.texts = [example.text for example in (*examples, *passages, *validation)]
@@ -175,72 +192,80 @@ class _Fit:
             self.inputs = encode_inputs(encoder, queries, validation, store, self.report, dropout=dropout)
         else:
             self.inputs = TokenInputs(encoder, self.texts, self.config)
+        self.steps = self._make_steps()
         head = self.retriever.head
         self.held: HeldRows | None = None
-        if self.retriever.head_config.hold_unseen and isinstance(head, FlatHead):
+        if self.retriever.head_config.hold_unseen and isinstance(head, FlatHead) and self.privacy is None:
             self.held = HeldRows(head, self.targets.seen)
+
+    def _make_steps(self) -> Steps:
+        settings, accumulated = self.settings, self.config.gradient_accumulation
+        work = Work(
+            retriever=self.retriever,
+            parameters=self.parameters,
+            inputs=self.inputs,
+            targets=self.targets,
+            count=self.count,
+            batch_size=settings.batch_size,
+            smoothing=settings.label_smoothing,
+            seed=self.seed,
+        )
+        if self.privacy is None:
+            return PlainSteps(work, accumulated)
+        if self.privacy.config.mode == "paper":
+            return PaperSteps(work, self.privacy, accumulated)
+        return NoisedSteps(work, self.privacy, self.examples)
 
     def run(self, checkpoint: Checkpoint | None) -> None:
         saved = time.monotonic()
         while self.epoch < self.epochs.stop and not self._out_of_patience():
-            steps = self._steps()
-            for step in steps[self.step_in_epoch :]:
-                self._step(step, len(steps))
+            for batches in self.steps.of_epoch(self.epoch, self.step_in_epoch):
+                self._step(batches)
                 if checkpoint and time.monotonic() - saved >= self.config.checkpoint_seconds:
                     checkpoint.save(self._snapshot())
                     saved = time.monotonic()
             self._close_epoch()
         self.optimizer.zero_grad()  # frees the gradients
         if self.report is not None and self.epoch < self.epochs.stop:
-            total = len(self._steps()) * len(self.epochs)
+            total = self.steps.per_epoch * len(self.epochs)
             self.report(Progress(self._task(), total, total))  # stopped early: nothing is left to do
         if self.best is not None:
             self.retriever.load_trainable_state(self.best[2], partial=True)
         if checkpoint:
             checkpoint.save(self._snapshot())
 
-    def _steps(self) -> list[list[list[int]]]:
-        """Give an epoch's steps, each a list of the batches whose gradients it accumulates."""
-        size, accumulated = self.settings.batch_size, self.config.gradient_accumulation
-        lengths = self.inputs.lengths[: self.count]
-        # Cut after batching, so that accumulation changes the memory needed and not the examples of a step.
-        wholes = epoch_batches(lengths, size * accumulated, seed=self.seed, epoch=self.epoch)
-        return [[whole[cut : cut + size] for cut in range(0, len(whole), size)] for whole in wholes]
-
-    def _step(self, batches: list[list[int]], steps: int) -> None:
+    def _step(self, batches: Batches) -> None:
         started = time.perf_counter()
-        count = sum(len(batch) for batch in batches)
+        count, steps = sum(len(batch) for batch in batches), self.steps.per_epoch
         step = self.epoch * steps + self.step_in_epoch
         factor = rate_factor(step, steps * self.settings.epochs, self.config.warmup)
         for group, peak in zip(self.optimizer.param_groups, self.peak_rates, strict=True):
             group["lr"] = peak * factor
-        self.optimizer.zero_grad()
-        noise = noise_source(self.seed, self.epoch, self.step_in_epoch)
-        loss = sum(self._accumulate(batch, count, noise) for batch in batches)
-        if not math.isfinite(loss):
-            raise self._diverged(f"the loss is {loss}")
+        loss = self.steps.gradients(batches, noise_source(self.seed, self.epoch, self.step_in_epoch))
         self._pull_to_anchors()
-        if self.held is not None:
-            self.held.drop_gradients()
-        if self.config.max_gradient_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.max_gradient_norm)
+        if self.privacy is None:
+            self._bound_gradients()
+            self._count_loss(loss, count)
         self.optimizer.step()
         if self.held is not None:
             self.held.put_back()
         self.step_in_epoch += 1
-        self.epoch_loss += loss * count
         seconds = time.perf_counter() - started
         self.epoch_seconds += seconds
         if self.report is not None:
             done = step + 1 - self.epochs.start * steps
             self.report(Progress(self._task(), done, steps * len(self.epochs), loss=loss, rate=count / seconds))
 
-    def _accumulate(self, batch: list[int], count: int, noise: torch.Generator) -> float:
-        """Add a batch's part of the gradient of the mean loss over `count` queries; give its part of that loss."""
-        scores = self.retriever.head(self.inputs.queries(batch, noise))
-        loss = self.targets.loss(scores, batch, self.settings.label_smoothing) * (len(batch) / count)
-        loss.backward()
-        return float(loss.detach())
+    def _bound_gradients(self) -> None:
+        if self.held is not None:
+            self.held.drop_gradients()
+        if self.config.max_gradient_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.max_gradient_norm)
+
+    def _count_loss(self, loss: float | None, count: int) -> None:
+        if loss is None or not math.isfinite(loss):
+            raise self._diverged(f"the loss is {loss}")
+        self.epoch_loss += loss * count
 
     @torch.no_grad()
     def _pull_to_anchors(self) -> None:
@@ -254,7 +279,8 @@ class _Fit:
         if not all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters.values()):
             raise self._diverged("a weight is no longer finite")
         recall = self._validation_recall()
-        loss, seconds = self.epoch_loss / self.count, round(self.epoch_seconds, 3)
+        loss = self.epoch_loss / self.count if self.privacy is None else None
+        seconds = round(self.epoch_seconds, 3)
         self.history.append(EpochRecord(self.stage, self.epoch, loss, recall, seconds))
         if self.config.patience and recall is not None and (self.best is None or recall > self.best[0]):
             state = {name: parameter.detach().cpu().clone() for name, parameter in self.parameters.items()}
@@ -301,6 +327,7 @@ class _Fit:
             "epoch_seconds": self.epoch_seconds,
             "best": None if self.best is None else self.best[:2],
             "history": [asdict(record) for record in self.history],
+            "privacy": None if self.privacy is None else self.privacy.state(),
         }
         return Snapshot(tensors, values)
 
@@ -338,3 +365,5 @@ class _Fit:
         if values["best"] is not None:
             self.best = (*values["best"], {name: tensors[f"best.{name}"] for name in self.parameters})
         self.history = [EpochRecord(**record) for record in values["history"]]
+        if self.privacy is not None:
+            self.privacy.restore(values["privacy"])
