@@ -31,3 +31,7 @@ class FederationError(CaravanError):
 
 class BudgetError(CaravanError):
     """Something would need more memory than the caller allows."""
+
+
+class PrivacyError(CaravanError):
+    """A privacy guarantee cannot be given, would be broken, or its budget is spent."""
