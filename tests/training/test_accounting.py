@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from importlib import util
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -125,7 +126,7 @@ def test_a_delta_that_a_fourier_transform_cannot_resolve_is_left_to_the_other_ac
 def test_epsilon_never_falls_as_steps_are_added(history: list[tuple[float, float, int]]):
     mechanisms = [Mechanism(*each) for each in history]
     values = [epsilon(mechanisms[:count], 1e-5).epsilon for count in range(len(mechanisms) + 1)]
-    assert all(later >= earlier * (1 - 1e-9) for earlier, later in zip(values, values[1:], strict=False))
+    assert all(later >= earlier * (1 - 1e-9) for earlier, later in pairwise(values))
 
 
 @pytest.mark.slow

@@ -2,9 +2,9 @@
 
 Adjacency is "add or remove one unit" (an example, or a user) throughout. Two accountants give upper bounds by
 construction and the tighter one is quoted: privacy loss distributions (PLD; dp-accounting) and Renyi differential
-privacy (RDP; dp-accounting). Opacus' PRV is shown beside them as a check: it looks at removal alone, and its source says
-that its domain departs from the theory. Gaussian differential privacy (GDP) is an approximation that comes out too low,
-and is never computed.
+privacy (RDP; dp-accounting). Opacus' PRV is shown beside them as a check: it looks at removal alone, and its source
+says that its domain departs from the theory. Gaussian differential privacy (GDP) is an approximation that comes out
+too low, and is never computed.
 """
 
 import logging
