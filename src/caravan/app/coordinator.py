@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from caravan.app.deployment import Deployment
+from caravan.app.guarantee import check_private
 from caravan.app.learning import Experiment, OnRound
 from caravan.app.node import read_queries
 from caravan.app.standing import Standing
@@ -21,6 +22,7 @@ from caravan.federation.strategies import Strategy, proximal_mu
 from caravan.model.adapter import IdentityAdapter
 from caravan.model.encoder import Encoder
 from caravan.storage import check_destination, save
+from caravan.training.budget import Budget
 from caravan.training.features import FeatureStore
 from caravan.training.trainer import Stage
 
@@ -63,6 +65,12 @@ class Coordination(Experiment):
         self._check_clients()
         check_settings(self.config.federation, len(self.nodes))
         return []  # every node has its own file
+
+    def _plan_privacy(self) -> dict[str, Budget]:
+        """Every node plans for its own queries; the server sees to the settings that are its."""
+        if self.config.privacy.mode != "none":
+            check_private(self.config)
+        return {}
 
     def _run_rounds(self, stage: Stage, standing: Standing, rounds: int, strategy: Strategy, on_round: OnRound) -> None:
         encoder = Encoder(self.backbone, IdentityAdapter(self.backbone.embedding_width))

@@ -63,6 +63,7 @@ class Bars:
     def __call__(self, step: "Step") -> None:
         """Show how far a task is; a task of another name replaces it."""
         note = "" if step.loss is None else f"loss {step.loss:.3f}"
+        note += "" if step.epsilon is None else f" epsilon {step.epsilon:.2f}"
         note += "" if step.rate is None else f"  {step.rate:,.0f} queries/s"
         if self._task is None or self._task[0] != step.task:
             if self._task is not None:

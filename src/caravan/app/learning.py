@@ -2,19 +2,20 @@
 
 import hashlib
 import json
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from caravan.app.comparison import rank_queries
+from caravan.app.guarantee import plan_privacy
+from caravan.app.record import training_record
 from caravan.app.standing import Standing
+from caravan.app.start import starting_rows
 from caravan.config import Config
 from caravan.data.dataset import Dataset
 from caravan.data.partition import Shard, partition
@@ -24,16 +25,16 @@ from caravan.federation.local import Part, train_client, trained_names
 from caravan.federation.quorum import check_settings
 from caravan.federation.rounds import RoundReport, Update
 from caravan.federation.strategies import Strategy, proximal_mu
-from caravan.model.adapter import IdentityAdapter
 from caravan.model.backbone import Backbone, load_backbone
 from caravan.model.encoder import Encoder
 from caravan.model.retriever import Retriever
-from caravan.training.baselines import class_centroids, mips
+from caravan.training.budget import Budget
 from caravan.training.checkpoint import Checkpoint
 from caravan.training.evaluation import measure
 from caravan.training.features import FeatureStore, default_cache
 from caravan.training.inputs import encode_with_progress
 from caravan.training.progress import Report
+from caravan.training.public_start import start_on_passages
 from caravan.training.trainer import Stage, fit
 
 OnStage = Callable[[Stage, Retriever, float], object]
@@ -41,11 +42,6 @@ OnRound = Callable[[RoundReport, dict[str, Tensor]], None]
 
 _STAGES: tuple[Stage, ...] = ("head", "adapter")
 _NOT_OF_THE_RESULT = ("data", "evaluation", "deployment")  # the words themselves are hashed
-_VERSIONS = ("caravan", "torch", "transformers", "safetensors", "flwr")
-_NO_PRIVACY = (
-    "Trained without differential privacy: the tensors can reveal training queries to whoever holds them. "
-    "Keep them as private as the queries."
-)
 
 
 class Experiment:
@@ -56,6 +52,7 @@ class Experiment:
         config: all settings.
         shards: the clients' examples; none for central training.
         passages: what documents say of themselves, trained on like queries; client i of k takes every k-th from i on.
+        budgets: of a private training, by client, or "" for central training; none of another.
         backbone: the frozen model, loaded once.
         retriever: untrained until `run` is called.
     """
@@ -88,6 +85,7 @@ class Experiment:
         # What can be refused is refused before the first long work, and before an earlier run's snapshots go.
         self.shards = self._deal()
         self.passages = document_passages(dataset.catalogue, self.config.training.passages)
+        self.budgets = self._plan_privacy()
         self.backbone = backbone or load_backbone(self.config.backbone, seed=self.config.seed)
         if resume:
             self._check_snapshots()
@@ -120,8 +118,10 @@ class Experiment:
         rounds: list[dict[str, Any]] = []
         kept: dict[str, int] = {}
         seconds = 0.0
+        self._check_budgets()
         for stage in self.stages:
             started = time.perf_counter()
+            self._start_publicly(stage)
             if self.federated:
                 standing = self._federate(stage)
                 rounds.extend(standing.rounds)
@@ -131,7 +131,14 @@ class Experiment:
             seconds += time.perf_counter() - started
             if on_stage is not None:
                 on_stage(stage, self.retriever, seconds)
-        self.retriever.record = self._record(history, seconds)
+        self.retriever.record = training_record(
+            self.dataset,
+            self.config,
+            passages=len(self.passages),
+            history=history,
+            seconds=seconds,
+            budgets=self.budgets,
+        )
         if self.federated:
             federation = {"clients": self._clients(rounds), "rounds": rounds, "kept_rounds": kept}
             self.retriever.record["federation"] = federation
@@ -151,6 +158,32 @@ class Experiment:
         shards = partition(self.dataset.train, self.config.federation, seed=self.config.seed)
         check_settings(self.config.federation, len(shards))
         return shards
+
+    def _plan_privacy(self) -> dict[str, Budget]:
+        """The owners' budgets, none without privacy."""
+        owners = {shard.name: shard.examples for shard in self.shards} or {"": self.dataset.train}
+        return plan_privacy(self.config, owners, self.stages)
+
+    def _check_budgets(self) -> None:
+        """Refuse before the first step what a cap would stop later; what a resumed training has done is spent."""
+        ahead = [stage for stage in self.stages if (kept := self._snapshots(stage)) is None or kept.load() is None]
+        for budget in self.budgets.values():
+            budget.check(ahead)
+
+    def _start_publicly(self, stage: Stage) -> None:
+        """Train a private training's stage on passages first: documents are public, and cost no privacy."""
+        snapshots = self._snapshots(stage)
+        private = self.config.privacy.mode != "none"
+        if private and (snapshots is None or snapshots.load() is None):
+            start_on_passages(
+                self.retriever,
+                self.passages,
+                stage,
+                self.config.training,
+                seed=self.config.seed,
+                store=self.store,
+                report=self.report,
+            )
 
     def _check_clients(self) -> None:
         """Refuse settings that clients who do not pool their queries cannot meet."""
@@ -183,11 +216,12 @@ class Experiment:
             stage,
             self.config.training,
             seed=self.config.seed,
-            passages=self.passages,
+            passages=() if self.budgets else self.passages,
             validation=self.dataset.validation,
             store=self.store,
             report=self.report,
             checkpoint=self._snapshots(stage),
+            privacy=self.budgets[""].steps(stage) if self.budgets else None,
         )
         return [asdict(record) for record in records]
 
@@ -241,6 +275,7 @@ class Experiment:
                 proximal_mu=proximal_mu(federation),
                 store=self.store,
                 report=self.report,
+                privacy=self.budgets[client].steps(stage) if self.budgets else None,
             )
 
         run_federation(
@@ -267,26 +302,9 @@ class Experiment:
 
     def _start(self) -> Retriever:
         """The untrained retriever: document vectors as rows or, centrally, class centroids where these rank better."""
-        config, catalogue = self.config, self.dataset.catalogue
-        encoder = Encoder(self.backbone, IdentityAdapter(self.backbone.embedding_width))
-        rows = self._vectors(encoder, [document.content for document in catalogue], "documents")
-        start = config.head.start
-        choose = start == "auto" and not self.federated and len(self.dataset.validation) > 0
-        if start == "centroids" or choose:
-            train = self._vectors(encoder, [example.text for example in self.dataset.train], "training queries")
-            gold = [catalogue.gold_rows(example) for example in self.dataset.train]
-            centres = class_centroids(train, gold, rows)
-            if start == "centroids" or self._ranks_better(encoder, centres, rows):
-                rows = centres
-        return Retriever.start(self.backbone, catalogue, rows, adapter=config.adapter, head=config.head)
-
-    def _ranks_better(self, encoder: Encoder, ours: Tensor, theirs: Tensor) -> bool:
-        queries = self._vectors(encoder, [example.text for example in self.dataset.validation], "validation queries")
-        first, second = (
-            measure(mips(queries, rows), self._validation_gold, bootstrap=0)["recall@1"].value
-            for rows in (ours, theirs)
-        )
-        return first > second
+        rows = starting_rows(self.dataset, self.config, self.backbone, self._vectors, federated=self.federated)
+        config = self.config
+        return Retriever.start(self.backbone, self.dataset.catalogue, rows, adapter=config.adapter, head=config.head)
 
     def _vectors(self, encoder: Encoder, texts: Sequence[str], what: str) -> Tensor:
         return encode_with_progress(encoder, texts, self.store, self.report, task=f"encoding {what}")
@@ -309,20 +327,6 @@ class Experiment:
             for example in examples:
                 digest.update(json.dumps([example.text, example.doc_ids, dict(example.columns)]).encode())
         return digest.hexdigest()
-
-    def _record(self, history: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
-        dataset = self.dataset
-        sizes = {"train": len(dataset.train), "validation": len(dataset.validation), "test": len(dataset.test)}
-        sizes["passages"] = len(self.passages)
-        return {
-            "config": self.config.to_dict(),
-            "dataset": {"name": dataset.name, "documents": len(dataset.catalogue), **sizes, "skipped": dataset.skipped},
-            "history": history,
-            "seed": self.config.seed,
-            "seconds": round(seconds, 3),
-            "versions": {"python": platform.python_version(), **_installed(_VERSIONS)},
-            "privacy": _NO_PRIVACY,
-        }
 
     def _tell(self, report: dict[str, Any], rounds: int) -> None:
         """Say what a round did; the simulation's bars have said it."""
@@ -388,13 +392,3 @@ def federate(
     if config.federation.clients == 0 and config.federation.partition != "column":
         config = replace(config, federation=replace(config.federation, clients=3))
     return Experiment(dataset, config, report=report, checkpoint=checkpoint, resume=resume).run()
-
-
-def _installed(names: Sequence[str]) -> dict[str, str]:
-    found = {}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -1,7 +1,7 @@
 """A node of a real federation: one round's work on its own file, in a process that Flower starts for it."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from caravan.app.deployment import Deployment
+from caravan.app.guarantee import check_private, make_budget
 from caravan.config import Config
 from caravan.data.catalogue import Catalogue
 from caravan.data.dataset import Dataset
 from caravan.data.passages import document_passages
-from caravan.errors import BackboneError, CaravanError, DataError, FederationError
+from caravan.data.records import Example
+from caravan.errors import BackboneError, CaravanError, DataError, FederationError, PrivacyError
 from caravan.federation.local import Part, train_client, trained_names
 from caravan.federation.network import make_client_app
 from caravan.federation.node import Order, Policy, check_same, release
@@ -23,7 +25,9 @@ from caravan.model.adapter import IdentityAdapter
 from caravan.model.backbone import load_backbone
 from caravan.model.encoder import Encoder
 from caravan.model.retriever import Retriever
+from caravan.training.budget import Budget
 from caravan.training.features import FeatureStore
+from caravan.training.trainer import Stage
 
 _log = logging.getLogger(__name__)
 
@@ -64,6 +68,7 @@ def _work(own: Mapping[str, Any], words: Mapping[str, Any], received: dict[str, 
     allowed = trained_names(retriever, order.stage)
     if set(received) != set(allowed):
         raise FederationError(f"the server sent other tensors than the {order.stage} stage trains; install the same")
+    budget = _budget(config, dataset.train, order)
     part = Part(order.stage, int(words["round"]), order.rounds, int(words["place"]), int(words["clients"]))
     update = train_client(
         retriever,
@@ -75,8 +80,22 @@ def _work(own: Mapping[str, Any], words: Mapping[str, Any], received: dict[str, 
         passages=document_passages(catalogue, config.training.passages),
         proximal_mu=order.proximal_mu,
         store=FeatureStore(str(own["cache"])),
+        privacy=budget.steps(order.stage) if budget else None,
     )
+    if budget:
+        update = replace(update, metrics=update.metrics | budget.spent_metrics())
     return release(update, policy_of(own), allowed)
+
+
+def _budget(config: Config, examples: Sequence[Example], order: Order) -> Budget | None:
+    """The node's budget, planned over both stages of the training, of which this is a round of one."""
+    if config.privacy.mode == "none":
+        return None
+    check_private(config)
+    stages: tuple[Stage, ...] = ("head", "adapter") if config.training.mode == "adapter" else ("head",)
+    if order.stage not in stages:
+        raise FederationError("the server asks for a stage that its own settings leave out; install the same caravan")
+    return make_budget(config, examples, stages)
 
 
 def read_queries(path: Path, deployment: Deployment, config: Config) -> Dataset:
@@ -101,6 +120,8 @@ def policy_of(own: Mapping[str, Any]) -> Policy:
 def _public_reason(error: Exception) -> str:
     if isinstance(error, DataError):
         return "its data cannot be used; the node's own log says why"
+    if isinstance(error, PrivacyError):
+        return "its privacy budget or settings do not allow it; the node's own log says why"
     if isinstance(error, BackboneError):
         return "its frozen model cannot be loaded; the node's own log says why"
     return f"it failed with {type(error).__name__}; the node's own log says why"

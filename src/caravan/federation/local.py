@@ -10,6 +10,7 @@ from caravan.data.records import Example
 from caravan.federation.rounds import Update
 from caravan.model.retriever import Retriever
 from caravan.training.features import FeatureStore
+from caravan.training.private import PrivateSteps
 from caravan.training.progress import Report, prefixed
 from caravan.training.trainer import Stage, fit, trained_parameters
 
@@ -50,8 +51,12 @@ def train_client(
     proximal_mu: float,
     store: FeatureStore,
     report: Report | None = None,
+    privacy: PrivateSteps | None = None,
 ) -> Update:
     """Train on one client's examples for one round.
+
+    A private client's update weighs 1, whatever it has: how many examples that is, is nobody's business; and the
+    passages are not its to train on, since those of a private training come first and by themselves.
 
     Args:
         retriever: of the same form as the server's; changed in place.
@@ -64,8 +69,10 @@ def train_client(
         proximal_mu: how strongly it is held to the received tensors.
         store: where vectors are kept.
         report: called as the work goes on.
+        privacy: how the client's guarantee is kept.
 
     Raises:
+        PrivacyError: its budget is spent, or a setting does not go with it.
         TrainingError: there is no example, or the loss is no longer finite.
         StorageError: the received tensors do not fit the retriever.
     """
@@ -77,11 +84,13 @@ def train_client(
         part.stage,
         config.training,
         seed=config.seed + part.place,
-        passages=passages[part.place :: part.clients],
+        passages=() if privacy else passages[part.place :: part.clients],
         epochs=range((number - 1) * epochs // rounds, number * epochs // rounds),
         store=store,
         report=prefixed(report, f"round {number}/{rounds}, {client}: "),
         proximal_mu=proximal_mu,
+        privacy=privacy,
     )
     trained = retriever.trainable_state()
-    return Update(client, {name: trained[name] for name in trained_names(retriever, part.stage)}, len(examples))
+    tensors = {name: trained[name] for name in trained_names(retriever, part.stage)}
+    return Update(client, tensors, 1 if privacy else len(examples))

@@ -5,11 +5,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, cast
 
-from caravan.config import Config, config_from_dict
+from caravan.config import Config, PrivacyConfig, config_from_dict
 from caravan.errors import ConfigError, FederationError
 from caravan.federation.rounds import Update
 
 _SENT_SETTINGS = ("seed", "adapter", "head", "training")  # none names a file, a model or code
+_OWN_PRIVACY = ("epsilon_cap", "user_column")  # the node's affair: its budget, and how its own file names users
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,9 @@ class Order:
     ) -> "Order":
         """Write down what is asked in one stage of a training with these settings."""
         values = config.to_dict()
-        settings = json.dumps({name: values[name] for name in _SENT_SETTINGS}, sort_keys=True)
+        privacy = {name: value for name, value in values["privacy"].items() if name not in _OWN_PRIVACY}
+        sent = {name: values[name] for name in _SENT_SETTINGS} | {"privacy": privacy}
+        settings = json.dumps(sent, sort_keys=True)
         return cls(cast(Literal["head", "adapter"], stage), rounds, settings, proximal_mu, catalogue, encoder)
 
     @classmethod
@@ -63,16 +66,37 @@ class Order:
     def settings_on(self, own: Config) -> Config:
         """The node's own settings, with the server's where these decide the training.
 
+        Of `[privacy]` the node keeps its own cap and column of users; where it asks for privacy itself, the server must
+        ask for the same mode and unit, and for no more than the node's epsilon, if the node names one.
+
         Raises:
             FederationError: the server's settings are not allowed here.
         """
         try:
             asked = json.loads(self.settings)
             sent = {name: asked[name] for name in _SENT_SETTINGS}
-            return config_from_dict({**own.to_dict(), **sent}, source="the server's settings")
+            values = own.to_dict()
+            kept = {name: values["privacy"][name] for name in _OWN_PRIVACY}
+            sent["privacy"] = {**asked["privacy"], **kept}
+            config = config_from_dict({**values, **sent}, source="the server's settings")
         except (ConfigError, KeyError, TypeError, ValueError):
             # Without the reason: it would name the node's own settings too.
             raise FederationError("the server's settings are not allowed here; install the same caravan") from None
+        _check_privacy(own.privacy, config.privacy)
+        return config
+
+
+def _check_privacy(own: PrivacyConfig, asked: PrivacyConfig) -> None:
+    """Refuse to train with less privacy than the node's operator has set."""
+    if own.mode == "none":
+        return
+    if (own.mode, own.unit) != (asked.mode, asked.unit):
+        raise FederationError("the node trains with another kind of privacy than the server asks for; agree on one")
+    limit = own.epsilon
+    if limit is not None and (asked.epsilon is None or asked.epsilon > limit):
+        raise FederationError("the server asks for a larger epsilon than the node allows; agree on one")
+    if own.noise_multiplier is not None and (asked.noise_multiplier or 0.0) < own.noise_multiplier:
+        raise FederationError("the server asks for less noise than the node allows; agree on one")
 
 
 def check_same(order: Order, *, catalogue: str, encoder: str) -> None:

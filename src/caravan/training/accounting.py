@@ -103,18 +103,19 @@ class PaperGuarantee:
         )
 
 
-def epsilon(mechanisms: Sequence[Mechanism], delta: float) -> Guarantee:
+def epsilon(mechanisms: Sequence[Mechanism], delta: float, *, rough: bool = False) -> Guarantee:
     """Compose mechanisms, taken one after the other on the same data, and give the tightest sound bound.
 
     Args:
         mechanisms: in any order.
         delta: in (0, 1).
+        rough: a bound that is as sound and up to a percent higher, in a tenth of the time.
 
     Raises:
         PrivacyError: delta is out of range, or the extra "private" is not installed.
     """
     _check_delta(delta)
-    return _guarantee(_grouped(mechanisms), delta, _FINEST)
+    return _guarantee(_grouped(mechanisms), delta, _COARSE if rough else _FINEST)
 
 
 def epsilons(mechanisms: Sequence[Mechanism], delta: float) -> dict[str, float | None]:

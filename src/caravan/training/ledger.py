@@ -240,6 +240,8 @@ def read_ledger(folder: str | Path) -> list[tuple[Ledger, list[Entry]]]:
 
 
 def _check_cap(before: list[Mechanism], mechanism: Mechanism, cap: float, delta: float) -> None:
+    if epsilon([*before, mechanism], delta, rough=True).epsilon <= cap:
+        return
     after = epsilon([*before, mechanism], delta)
     if not after.epsilon <= cap:  # a cap that is no number holds everything back
         so_far = in_figures(epsilon(before, delta).epsilon)

@@ -36,7 +36,7 @@ class NoisedSteps:
         del epoch
         left = self.per_epoch - done
         if left:
-            self.private.spend(left)
+            self.private.epsilon = self.private.spend(left)
         config, lengths = self.private.config, self.work.inputs.lengths
         most = 1 if config.unit == "example" else config.examples_per_user
         drawn = (draw(self.units, self.rate, most, self.private.source) for _ in range(left))

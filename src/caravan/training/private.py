@@ -41,9 +41,11 @@ class PrivateSteps:
         config: mode, unit, batch and the rest.
         sigma: noise multiplier of each step, everything that it reveals taken together.
         spend: told how many steps are about to be taken, before the first of them; what it raises stops the training
-            with nothing of them revealed. Not called in mode "paper".
+            with nothing of them revealed, what it returns becomes `epsilon`. Not called in mode "paper".
         source: who draws units and noise.
         clip: L2 norm at which the next step cuts; the mode decides whether it moves.
+        epsilon: of all private trainings on the data, up to the end of the steps that `spend` was told of last, as it
+            has found; None before the first, and where nothing is guaranteed.
         diagnose: told what each step did; it must not leave the machine.
     """
 
@@ -51,7 +53,7 @@ class PrivateSteps:
         self,
         config: PrivacyConfig,
         sigma: float,
-        spend: Callable[[int], None],
+        spend: Callable[[int], float | None],
         *,
         source: NoiseSource | None = None,
         diagnose: Callable[[StepReport], None] | None = None,
@@ -66,6 +68,7 @@ class PrivateSteps:
         self.config, self.sigma, self.spend = config, sigma, spend
         self.source, self.diagnose = source or SystemNoise(), diagnose
         self.clip = config.clip
+        self.epsilon: float | None = None
         self.norms: deque[float] = deque(maxlen=_NORMS_KEPT)
 
     def state(self) -> dict[str, Any]:

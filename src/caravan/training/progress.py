@@ -14,6 +14,7 @@ class Progress:
         total: units in all.
         loss: the latest batch's loss, where there is one.
         rate: queries a second, where known.
+        epsilon: what private trainings on the data have spent, the steps under way included.
     """
 
     task: str
@@ -21,6 +22,7 @@ class Progress:
     total: int
     loss: float | None = None
     rate: float | None = None
+    epsilon: float | None = None
 
 
 Report = Callable[[Progress], None]

@@ -42,6 +42,8 @@ class EpochRecord:
             a private training, which may not tell.
         validation_recall: share of validation queries whose first hit is gold, or None without validation.
         seconds: wall-clock time of the training steps.
+        epsilon: what private trainings on the data have spent by the end of the epoch, rounded up a little; None of
+            one that is not private.
     """
 
     stage: str
@@ -49,6 +51,7 @@ class EpochRecord:
     loss: float | None
     validation_recall: float | None
     seconds: float
+    epsilon: float | None = None
 
 
 def fit(
@@ -254,7 +257,9 @@ class _Fit:
         self.epoch_seconds += seconds
         if self.report is not None:
             done = step + 1 - self.epochs.start * steps
-            self.report(Progress(self._task(), done, steps * len(self.epochs), loss=loss, rate=count / seconds))
+            epsilon = self.privacy.epsilon if self.privacy else None
+            rate = count / seconds
+            self.report(Progress(self._task(), done, steps * len(self.epochs), loss=loss, rate=rate, epsilon=epsilon))
 
     def _bound_gradients(self) -> None:
         if self.held is not None:
@@ -281,7 +286,8 @@ class _Fit:
         recall = self._validation_recall()
         loss = self.epoch_loss / self.count if self.privacy is None else None
         seconds = round(self.epoch_seconds, 3)
-        self.history.append(EpochRecord(self.stage, self.epoch, loss, recall, seconds))
+        epsilon = self.privacy.epsilon if self.privacy else None
+        self.history.append(EpochRecord(self.stage, self.epoch, loss, recall, seconds, epsilon))
         if self.config.patience and recall is not None and (self.best is None or recall > self.best[0]):
             state = {name: parameter.detach().cpu().clone() for name, parameter in self.parameters.items()}
             self.best = (recall, self.epoch, state)

@@ -1,0 +1,87 @@
+"""What a training writes down of itself: settings, data, history, versions, and what its privacy is worth."""
+
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from caravan.config import Config
+from caravan.data.dataset import Dataset
+from caravan.training.budget import Budget
+
+_VERSIONS = ("caravan", "torch", "transformers", "safetensors", "flwr")
+_NO_PRIVACY = (
+    "Trained without differential privacy: the tensors can reveal training queries to whoever holds them. "
+    "Keep them as private as the queries."
+)
+
+_OF_NODES = (
+    'Trained on nodes with privacy.mode = "{mode}": each node added its own noise before it sent anything, and keeps its '
+    "own ledger, where its epsilon stands; the epsilons that nodes let the server know are in federation.rounds."
+)
+
+
+def training_record(
+    dataset: Dataset,
+    config: Config,
+    *,
+    passages: int,
+    history: Sequence[Mapping[str, Any]],
+    seconds: float,
+    budgets: Mapping[str, Budget],
+) -> dict[str, Any]:
+    """Write a training down as plain values.
+
+    Args:
+        dataset: what was trained on.
+        config: all settings.
+        passages: how many were trained on beside the queries.
+        history: one record an epoch; none of a federated training.
+        seconds: of training.
+        budgets: by owner, of a private training; none of another.
+    """
+    sizes = {"train": len(dataset.train), "validation": len(dataset.validation), "test": len(dataset.test)}
+    record = {
+        "config": config.to_dict(),
+        "dataset": {
+            "name": dataset.name,
+            "documents": len(dataset.catalogue),
+            **sizes,
+            "passages": passages,
+            "skipped": dataset.skipped,
+        },
+        "history": list(history),
+        "seed": config.seed,
+        "seconds": round(seconds, 3),
+        "versions": {"python": platform.python_version(), **_installed(_VERSIONS)},
+        "privacy": _statement(config, budgets),
+    }
+    if budgets:
+        record["guarantees"] = {owner or "all": budget.facts() for owner, budget in budgets.items()}
+    return record
+
+
+def _statement(config: Config, budgets: Mapping[str, Budget]) -> str:
+    """The worst of the owners' guarantees in words: each has its own, and a reader may be any of them."""
+    if config.privacy.mode == "none":
+        return _NO_PRIVACY
+    if not budgets:
+        return _OF_NODES.format(mode=config.privacy.mode)
+    worst = max(budgets, key=lambda owner: _epsilon(budgets[owner]))
+    others = f" This is client {worst}'s, the weakest of {len(budgets)} clients'." if len(budgets) > 1 else ""
+    return budgets[worst].statement() + others
+
+
+def _epsilon(budget: Budget) -> float:
+    value = budget.facts()["epsilon"]
+    return float("inf") if value is None else float(value)
+
+
+def _installed(names: Sequence[str]) -> dict[str, str]:
+    found = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,220 @@
+"""What one owner's data may be used for: how much noise a training needs, and the ledger that it is written into."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from caravan.config import PrivacyConfig
+from caravan.data.records import Example
+from caravan.errors import PrivacyError
+from caravan.training.accounting import (
+    Guarantee,
+    Mechanism,
+    PaperGuarantee,
+    epsilon,
+    in_figures,
+    noise_for,
+    paper_guarantee,
+)
+from caravan.training.ledger import Ledger, default_folder, identify
+from caravan.training.private import PrivateSteps
+from caravan.training.sampling import sampling_rate, steps_per_epoch, units_of
+
+_DELTA_POWER = 1.1  # delta = n^-1.1: below one in as many as there are units
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The noised steps of a whole training on one owner's data.
+
+    Attributes:
+        sampling: chance of a unit to be in a step.
+        sigma: noise multiplier of each step.
+        steps: by stage; a stage without any is left out.
+        delta: at which the guarantee is meant.
+    """
+
+    sampling: float
+    sigma: float
+    steps: Mapping[str, int]
+    delta: float
+
+    @property
+    def mechanisms(self) -> list[Mechanism]:
+        """The steps as the accountant takes them."""
+        return [Mechanism(self.sampling, self.sigma, steps) for steps in self.steps.values()]
+
+    @property
+    def guarantee(self) -> Guarantee:
+        """What the whole of it is worth."""
+        return epsilon(self.mechanisms, self.delta)
+
+
+class Budget:
+    """One owner's examples, the plan of a training on them, and the ledger of all trainings on them.
+
+    Attributes:
+        config: the settings of privacy.
+        plan: of this training; in mode "paper" with the paper's noise.
+        ledger: where steps are announced before they are taken; None in mode "paper", of which nothing adds up.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        config: PrivacyConfig,
+        epochs: Mapping[str, int],
+        *,
+        folder: str | Path | None = None,
+        run: str = "",
+        part: str = "",
+        paper_batch: Mapping[str, int] | None = None,
+    ) -> None:
+        """Plan a training, and refuse one that the cap would stop.
+
+        Args:
+            examples: the owner's queries.
+            config: mode, noise or epsilon, batch, unit, cap.
+            epochs: passes over the queries by stage; a stage that is not trained is left out or has 0.
+            folder: of the ledger; the user's own if None, see `ledger.default_folder`.
+            run: see `Ledger`; needed where one run plays several owners.
+            part: the owner's name in that run.
+            paper_batch: mode "paper": examples a step by stage.
+
+        Raises:
+            PrivacyError: there is no example, neither or both of epsilon and noise_multiplier are set, the cap leaves
+                too little, or an accountant is missing.
+        """
+        if not examples:
+            raise PrivacyError("there are no training queries to keep private; give at least one")
+        self.config, self.epochs = config, {stage: count for stage, count in epochs.items() if count}
+        units = len(units_of(examples, config))
+        delta = config.delta or max(units, 2) ** -_DELTA_POWER
+        self.ledger: Ledger | None = None
+        self._steps: dict[str, PrivateSteps] = {}
+        if config.mode == "paper":
+            sizes = dict(paper_batch or {})
+            steps = {stage: count * math.ceil(units / sizes[stage]) for stage, count in self.epochs.items()}
+            share = max((min(1.0, size / units) for size in sizes.values()), default=1.0)
+            self.plan = Plan(share, config.paper_noise, steps, delta)
+            return
+        _check_noise(config)
+        sampling, per_epoch = sampling_rate(units, config.batch), steps_per_epoch(units, config.batch)
+        steps = {stage: count * per_epoch for stage, count in self.epochs.items()}
+        sigma = config.noise_multiplier
+        if sigma is None:
+            pairs = [(sampling, count) for count in steps.values()]
+            sigma = noise_for(config.epsilon or math.inf, delta, pairs) if pairs else 0.0
+        self.plan = Plan(sampling, sigma, steps, delta)
+        column = config.user_column if config.unit == "user" else None
+        self.ledger = Ledger.open(folder or default_folder(), identify(examples, column), run=run, part=part)
+
+    def check(self, stages: Sequence[str]) -> None:
+        """Refuse the steps of stages that are still to come if they would cross the cap, before any is taken.
+
+        Raises:
+            PrivacyError: they would.
+        """
+        cap = self.config.epsilon_cap
+        if cap is None or self.ledger is None:
+            return
+        plan = self.plan
+        ahead = [Mechanism(plan.sampling, plan.sigma, plan.steps[stage]) for stage in stages if stage in plan.steps]
+        after = epsilon([*self.ledger.spent(), *ahead], plan.delta)
+        if not after.epsilon <= cap:
+            so_far = in_figures(self.ledger.guarantee(plan.delta).epsilon)
+            raise PrivacyError(
+                f"this training would bring epsilon from {so_far} to {in_figures(after.epsilon)} at delta = "
+                f"{plan.delta:.3g}, and privacy.epsilon_cap is {cap:g}; nothing was done: lower privacy.epsilon"
+            )
+
+    def steps(self, stage: str) -> PrivateSteps:
+        """How the steps of a stage are to be taken; the same object each time, since an adaptive clip moves in it."""
+        if stage not in self._steps:
+
+            def spend(count: int) -> float | None:
+                if self.ledger is None:
+                    return None
+                plan = self.plan
+                mechanism = Mechanism(plan.sampling, plan.sigma, count)
+                self.ledger.reserve(mechanism, cap=self.config.epsilon_cap, delta=plan.delta, stage=stage)
+                so_far = epsilon(self.ledger.spent(), plan.delta, rough=True).epsilon
+                return so_far if math.isfinite(so_far) else None
+
+            self._steps[stage] = PrivateSteps(self.config, self.plan.sigma, spend)
+        return self._steps[stage]
+
+    def paper(self) -> PaperGuarantee:
+        """What can be proved of mode "paper", and what its noise would be worth where each step is accounted for."""
+        plan, config = self.plan, self.config
+        total = sum(plan.steps.values())
+        warm = sum(
+            count * min(config.paper_warmup, self.epochs[stage]) // self.epochs[stage]
+            for stage, count in plan.steps.items()
+        )
+        return paper_guarantee(
+            Mechanism(plan.sampling, plan.sigma, max(1, total - warm)),
+            plan.delta,
+            noise_free_steps=warm,
+            clipping=config.paper_clipping,
+        )
+
+    def spent_metrics(self) -> dict[str, float]:
+        """The epsilon of all private trainings on the data, for whoever its owner lets know; none in mode "paper"."""
+        return {} if self.ledger is None else {"epsilon": self.ledger.guarantee(self.plan.delta).epsilon}
+
+    def facts(self) -> dict[str, Any]:
+        """What is saved of it: plain values without private statistics; an epsilon that is infinite is None."""
+        config, plan = self.config, self.plan
+        facts: dict[str, Any] = {
+            "mode": config.mode,
+            "unit": config.unit,
+            "delta": plan.delta,
+            "noise_multiplier": plan.sigma,
+            "sampling": plan.sampling,
+            "steps": dict(plan.steps),
+        }
+        if config.mode == "paper":
+            found = self.paper()
+            reasons, accounted = list(found.reasons), as_values(found.accounted)
+            return facts | {**as_values(found.proved), "reasons": reasons, "accounted": accounted}
+        facts |= {"clip": config.clip, "batch": config.batch, **as_values(plan.guarantee)}
+        if self.ledger is not None:
+            facts["all_runs"] = as_values(self.ledger.guarantee(plan.delta))
+        return facts
+
+    def statement(self) -> str:
+        """What a reader of the saved retriever is told."""
+        if self.config.mode == "paper":
+            return (
+                "Trained with the clipping and noise of arXiv:2509.16508, which is no guarantee: "
+                f"{self.paper()} Keep the tensors as private as the queries."
+            )
+        plan, ledger = self.plan, self.ledger
+        assert ledger is not None
+        who = "query" if self.config.unit == "example" else "user's queries together"
+        steps = " and ".join(f"{count:,} {stage}" for stage, count in plan.steps.items())
+        return (
+            f"Trained with differential privacy for each training {who} ({self.config.mode}, adding or removing one): "
+            f"{plan.guarantee}, noise multiplier {plan.sigma:.4g}, sampling {plan.sampling:.4g}, {steps} steps. "
+            f"With all other private trainings on the same data: {ledger.guarantee(plan.delta)}. Document texts, "
+            "settings and the number of queries are taken to be public; validation and test queries are not protected."
+        )
+
+
+def as_values(guarantee: Guarantee) -> dict[str, Any]:
+    """A guarantee as JSON holds it: infinity is None."""
+    value = guarantee.epsilon
+    shown = value if math.isfinite(value) else None
+    return {"epsilon": shown, "delta": guarantee.delta, "accountant": guarantee.accountant}
+
+
+def _check_noise(config: PrivacyConfig) -> None:
+    if (config.epsilon is None) == (config.noise_multiplier is None):
+        both = "both are" if config.epsilon is not None else "neither is"
+        raise PrivacyError(
+            f'privacy.mode = "{config.mode}" needs privacy.epsilon or privacy.noise_multiplier, and {both} set; '
+            "set one of them, for example privacy.epsilon = 8"
+        )
