@@ -16,7 +16,7 @@ _NO_PRIVACY = (
 )
 
 _OF_NODES = (
-    'Trained on nodes with privacy.mode = "{mode}": each node added its own noise before it sent anything, and keeps its '
+    'Trained on nodes with privacy.mode = "{mode}": each node added its own noise before sending, and keeps its '
     "own ledger, where its epsilon stands; the epsilons that nodes let the server know are in federation.rounds."
 )
 
