@@ -44,25 +44,7 @@ SIDES = ("plain", "caravan", "opacus")
 SHAPES = ("32x32", "32x128", "128x32", "256x32")
 DOCUMENTS = 77
 RATE, SIGMA, CLIP = 1e-3, 1.0, 1.0
-WORDS = [
-    "time",
-    "year",
-    "people",
-    "way",
-    "day",
-    "man",
-    "thing",
-    "woman",
-    "life",
-    "child",
-    "world",
-    "school",
-    "state",
-    "family",
-    "student",
-    "group",
-    "country",
-]
+WORDS = ("time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school")
 
 
 def main() -> None:
