@@ -25,11 +25,14 @@ _MOST_OF_PLD = 1e4  # an epsilon above says nothing; a finer bound of it is not 
 _MOST_OF_PRV = 50.0  # Opacus' grid does not grow with epsilon: above, minutes
 _LARGEST_NOISE = 1e6
 _PRECISION = 1.001  # of a noise multiplier that is looked for, relative
-# dp-accounting's orders end at 1.1 below; what has very little noise is bound best by orders near 1.
+_MOST_LINES = 12  # of interpolating before halving, which always ends
+# dp-accounting's orders end at 1.1 below; what has very little noise is bound best by orders near 1. Fractions cost the
+# most time, and between these the bound hardly moves.
 _ORDERS = (
-    *(1.01, 1.02, 1.03, 1.05),
-    *(1 + tenths / 10 for tenths in range(1, 100)),
-    *range(11, 64),
+    *(1.01, 1.02, 1.03, 1.05, 1.1, 1.2, 1.3, 1.5, 1.75),
+    *(2 + halves / 2 for halves in range(12)),
+    *range(8, 24),
+    *range(24, 64, 2),
     *(64, 72, 80, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024),
 )
 
@@ -139,7 +142,12 @@ def epsilons(mechanisms: Sequence[Mechanism], delta: float) -> dict[str, float |
 
 
 def noise_for(
-    target_epsilon: float, delta: float, plan: Sequence[tuple[float, int]], spent: Sequence[Mechanism] = ()
+    target_epsilon: float,
+    delta: float,
+    plan: Sequence[tuple[float, int]],
+    spent: Sequence[Mechanism] = (),
+    *,
+    rough: bool = False,
 ) -> float:
     """Find the least noise multiplier with which a plan stays within an epsilon, to 0.1 % and never above it.
 
@@ -148,6 +156,7 @@ def noise_for(
         delta: in (0, 1).
         plan: (sampling, steps) pairs, all with the noise that is looked for.
         spent: what the same data has been used for before, where the target is to hold for all together.
+        rough: stop where it is enough but may be some percent more than needed, in half of the time.
 
     Raises:
         PrivacyError: no noise is enough, a number is out of range, or the extra "private" is not installed.
@@ -161,23 +170,22 @@ def noise_for(
             f"epsilon = {target_epsilon:g} is spent: what this data was used for comes to {before}; raise the target"
         )
 
-    def within(grid: float) -> Callable[[float], bool]:
-        def holds(noise: float) -> bool:
+    def by_noise(grid: float) -> Callable[[float], float]:
+        def of(noise: float) -> float:
             planned = [Mechanism(sampling, noise, steps) for sampling, steps in plan]
-            return _guarantee(_grouped([*spent, *planned]), delta, grid).epsilon <= target_epsilon
+            return _guarantee(_grouped([*spent, *planned]), delta, grid).epsilon
 
-        return holds
+        return of
 
-    high = 1.0
-    while not within(_COARSE)(high):
-        high *= 2
-        if high > _LARGEST_NOISE:
-            raise PrivacyError(
-                f"epsilon = {target_epsilon:g} leaves too little for this plan beside {before}; raise the target"
-            )
     # The coarse grid's noise is enough on the fine one too, and hardly more than the least.
-    near = _least(within(_COARSE), high, ratio=2.0, precision=1.003)
-    return _least(within(_FINEST), near, ratio=1.003, precision=_PRECISION)
+    least = _least(by_noise(_COARSE), target_epsilon, 1.0, ratio=2.0, precision=1.01 if rough else 1.003)
+    if math.isfinite(least) and not rough:
+        least = _least(by_noise(_FINEST), target_epsilon, least, ratio=1.003, precision=_PRECISION)
+    if math.isinf(least):
+        raise PrivacyError(
+            f"epsilon = {target_epsilon:g} leaves too little for this plan beside {before}; raise the target"
+        )
+    return least
 
 
 def paper_guarantee(
@@ -278,7 +286,7 @@ def _by_pld(groups: Sequence[Group], delta: float, by_rdp: float, finest: float)
     return float(composed.get_epsilon_for_delta(delta))
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=8)  # some MiB each; what comes of them is kept, too
 def _losses(sampling: float, noise: float, steps: int, grid: float) -> Any:
     from dp_accounting.pld import privacy_loss_distribution
 
@@ -302,14 +310,48 @@ def _by_prv(groups: Sequence[Group], delta: float) -> float | None:
             return None
 
 
-def _least(holds: Callable[[float], bool], high: float, *, ratio: float, precision: float) -> float:
-    """The least number for which something holds that holds for all above it, from above, to a relative precision."""
-    low = high / ratio
-    while holds(low):
-        high, low = low, low / ratio
+def _least(value: Callable[[float], float], target: float, start: float, *, ratio: float, precision: float) -> float:
+    """Find the least x at which a falling function is no more than a target; never one at which it is more.
+
+    Args:
+        value: falls about like a power of x, so lines through logarithms lead near.
+        target: above 0.
+        start: where to look first.
+        ratio: of the first step from there, until x lies between two of them; further ones are up to 2.
+        precision: at most so many times the least x is given.
+
+    Returns:
+        Infinity where x would be above 1,000,000.
+    """
+    low = high = start
+    at_low = at_high = value(start)
+    while at_low <= target:
+        high, at_high = low, at_low
+        low /= ratio
+        at_low = value(low)
+        ratio = min(ratio * ratio, 2.0)
+    while at_high > target:
+        low, at_low = high, at_high
+        high *= ratio
+        ratio = min(ratio * ratio, 2.0)
+        if high > _LARGEST_NOISE:
+            return math.inf
+        at_high = value(high)
+    turns = 0
     while high / low > precision:
-        middle = math.sqrt(high * low)
-        high, low = (middle, low) if holds(middle) else (high, middle)
+        turns += 1
+        middle = math.sqrt(low * high)
+        if turns < _MOST_LINES and at_high > 0 and math.isfinite(at_low):
+            share = math.log(at_low / target) / math.log(at_low / at_high)
+            crossing = low * (high / low) ** share
+            # A hair beside it, towards the end that is farther away, so that both ends come close.
+            beside = crossing * precision ** (0.4 if high / crossing > crossing / low else -0.4)
+            middle = beside if low < beside < high else middle
+        at_middle = value(middle)
+        if at_middle <= target:
+            high, at_high = middle, at_middle
+        else:
+            low, at_low = middle, at_middle
     return high
 
 
