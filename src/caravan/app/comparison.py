@@ -109,16 +109,22 @@ class Comparison:
             )
 
     def add_baselines(self, backbone: Backbone) -> None:
-        """Append BM25, MIPS, class centroids, 1-NN, the output-side adapter and the never-pretrained backbone."""
+        """Append BM25, MIPS, class centroids, 1-NN, the output-side adapter and the never-pretrained backbone.
+
+        Where training is private only the first two: what the others find, they find in training queries, and it would
+        be saved beside the retriever without any noise.
+        """
         documents = [document.content for document in self.dataset.catalogue]
         self.add_ranking("BM25", lambda: bm25(self.texts, documents))
         encoder = Encoder(backbone, IdentityAdapter(backbone.embedding_width))
         rows = self._vectors(encoder, documents, "documents")
-        train = self._vectors(encoder, [example.text for example in self.dataset.train], "training queries")
         queries = self._vectors(encoder, self.texts, f"{self.split} queries")
+        self.add_ranking("MIPS", lambda: mips(queries, rows))
+        if self.config.privacy.mode != "none":
+            return
+        train = self._vectors(encoder, [example.text for example in self.dataset.train], "training queries")
         gold = [self.dataset.catalogue.gold_rows(example) for example in self.dataset.train]
         count = len(documents)
-        self.add_ranking("MIPS", lambda: mips(queries, rows))
         self.add_ranking("centroids", lambda: centroids(queries, train, gold, rows))
         self.add_ranking("1-NN", lambda: nearest_neighbour(queries, train, gold, document_count=count))
         self._add_output_adapter(backbone, rows)
