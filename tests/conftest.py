@@ -1,5 +1,6 @@
 """What holds for all tests."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,16 @@ settings.register_profile("caravan", deadline=None)
 settings.load_profile("caravan")
 
 
-@pytest.fixture(autouse=True)
-def ledger_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty place for the privacy ledger: what a test spends is no other test's, and no user's."""
-    folder = tmp_path_factory.mktemp("ledger") / "ledger"
-    monkeypatch.setenv("CARAVAN_LEDGER", str(folder))
-    return folder
+@pytest.fixture(scope="session", autouse=True)
+def nobodys_ledger_is_written_to(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What tests spend must not count against the data of whoever runs them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CARAVAN_LEDGER", str(tmp_path_factory.getbasetemp() / "ledger"))
+        yield
+
+
+@pytest.fixture
+def ledger_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A ledger of the test's own, not yet there."""
+    monkeypatch.setenv("CARAVAN_LEDGER", str(tmp_path / "ledger"))
+    return tmp_path / "ledger"

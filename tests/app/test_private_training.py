@@ -12,7 +12,7 @@ from caravan.training.ledger import read_ledger
 from toy_experiments import Raising
 from toy_training import StoppedError, assert_same_bits, differ
 
-pytestmark = pytest.mark.usefixtures("few_queries_are_timed")
+pytestmark = pytest.mark.usefixtures("few_queries_are_timed", "ledger_folder")
 PRIVATE = {"mode": "dp-sgd", "batch": 12, "noise_multiplier": 1.0}
 
 
@@ -22,6 +22,10 @@ def private(config, **settings):
 
 def entries(folder):
     return [(entry.stage, entry.mechanism.steps) for _, own in read_ledger(folder) for entry in own]
+
+
+def mechanisms(folder):
+    return [entry.mechanism for _, own in read_ledger(folder) for entry in own]
 
 
 def test_a_central_training_spends_what_its_record_says(settings, prepare, ledger_folder):
@@ -137,4 +141,7 @@ def test_the_papers_mode_is_called_what_it_is(settings, prepare, ledger_folder):
     record = prepare(config).run().record
     assert "no guarantee" in record["privacy"]
     assert record["guarantees"]["all"]["epsilon"] is None
-    assert not ledger_folder.exists()
+    # What is not noised as accounted for is spent without limit: no cap holds on this data from now on.
+    assert [(mechanism.noise_multiplier, mechanism.steps) for mechanism in mechanisms(ledger_folder)] == [(0.0, 18)]
+    with pytest.raises(PrivacyError, match="infinity"):
+        prepare(private(settings(mode="head", epochs=1), epsilon_cap=100.0)).run()

@@ -9,7 +9,7 @@ from caravan.errors import PrivacyError
 from caravan.training.accounting import Guarantee, Mechanism, epsilon, epsilons, in_figures, noise_for
 
 _MOST_RUNS = 1_000
-_WEAK = 10.0  # at epsilon 10 an attacker's odds may grow 22,000-fold (NIST SP 800-226 calls more than 10 unlikely help)
+_WEAK = 10.0  # e^10: what an attacker sees may be 22,000 times as likely with one example as without it
 
 
 @dataclass(frozen=True)

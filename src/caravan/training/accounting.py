@@ -1,42 +1,22 @@
 """What differentially private training costs: (epsilon, delta) of steps that are taken, by libraries' accountants.
 
 Adjacency is "add or remove one unit" (an example, or a user) throughout. Two accountants give upper bounds by
-construction and the tighter one is quoted: privacy loss distributions (PLD; dp-accounting) and Renyi differential
-privacy (RDP; dp-accounting). Opacus' PRV is shown beside them as a check: it looks at removal alone, and its source
-says that its domain departs from the theory. Gaussian differential privacy (GDP) is an approximation that comes out
-too low, and is never computed.
+construction and the tighter one is quoted; a third is shown beside them as a check (`caravan.training.accountants`).
+Gaussian differential privacy (GDP) is an approximation that comes out too low, and is never computed.
 """
 
-import logging
 import math
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Literal
 
 from caravan.errors import PrivacyError
+from caravan.training.accountants import COARSE, FINEST, MOST_OF_PRV, Group, by_pld, by_prv, by_rdp
 
-_FINEST = 1e-4  # the grid of privacy losses; each coarser one takes every tenth point, so its bound is never the lower
-_COARSE = 1e-3  # 0.4 % above the finest one on 14,000 steps of epsilon 2.4, and ten times as fast
-_LEAST_DELTA_OF_PLD = 1e-10  # rounding errors of the Fourier transform stay far below this
-_MOST_OF_PLD = 1e4  # an epsilon above says nothing; a finer bound of it is not worth the memory
-_MOST_OF_PRV = 50.0  # Opacus' grid does not grow with epsilon: above, minutes
 _LARGEST_NOISE = 1e6
 _PRECISION = 1.001  # of a noise multiplier that is looked for, relative
 _MOST_LINES = 12  # of interpolating before halving, which always ends
-# dp-accounting's orders end at 1.1 below; what has very little noise is bound best by orders near 1. Fractions cost the
-# most time, and between these the bound hardly moves.
-_ORDERS = (
-    *(1.01, 1.02, 1.03, 1.05, 1.1, 1.2, 1.3, 1.5, 1.75),
-    *(2 + halves / 2 for halves in range(12)),
-    *range(8, 24),
-    *range(24, 64, 2),
-    *(64, 72, 80, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024),
-)
-
-Group = tuple[float, float, int]  # sampling, noise multiplier, steps
 
 
 @dataclass(frozen=True)
@@ -118,7 +98,7 @@ def epsilon(mechanisms: Sequence[Mechanism], delta: float, *, rough: bool = Fals
         PrivacyError: delta is out of range, or the extra "private" is not installed.
     """
     _check_delta(delta)
-    return _guarantee(_grouped(mechanisms), delta, _COARSE if rough else _FINEST)
+    return _guarantee(_grouped(mechanisms), delta, COARSE if rough else FINEST)
 
 
 def epsilons(mechanisms: Sequence[Mechanism], delta: float) -> dict[str, float | None]:
@@ -133,11 +113,10 @@ def epsilons(mechanisms: Sequence[Mechanism], delta: float) -> dict[str, float |
     groups = _grouped(mechanisms)
     if not _is_finite(groups) or not groups:
         return dict.fromkeys(("PLD", "RDP", "PRV"), math.inf if groups else 0.0)
-    by_rdp = _by_rdp(groups, delta)
-    by_pld = _by_pld(groups, delta, by_rdp, _FINEST)
-    given: dict[str, float | None] = {"PLD": by_pld, "RDP": by_rdp, "PRV": None}
-    if min(value for value in given.values() if value is not None) <= _MOST_OF_PRV:
-        given["PRV"] = _by_prv(groups, delta)
+    rdp = by_rdp(groups, delta)
+    given: dict[str, float | None] = {"PLD": by_pld(groups, delta, rdp, FINEST), "RDP": rdp, "PRV": None}
+    if min(value for value in given.values() if value is not None) <= MOST_OF_PRV:
+        given["PRV"] = by_prv(groups, delta)
     return {name: None if value is None or math.isinf(value) else value for name, value in given.items()}
 
 
@@ -178,9 +157,9 @@ def noise_for(
         return of
 
     # The coarse grid's noise is enough on the fine one too, and hardly more than the least.
-    least = _least(by_noise(_COARSE), target_epsilon, 1.0, ratio=2.0, precision=1.01 if rough else 1.003)
+    least = _least(by_noise(COARSE), target_epsilon, 1.0, ratio=2.0, precision=1.01 if rough else 1.003)
     if math.isfinite(least) and not rough:
-        least = _least(by_noise(_FINEST), target_epsilon, least, ratio=1.003, precision=_PRECISION)
+        least = _least(by_noise(FINEST), target_epsilon, least, ratio=1.003, precision=_PRECISION)
     if math.isinf(least):
         raise PrivacyError(
             f"epsilon = {target_epsilon:g} leaves too little for this plan beside {before}; raise the target"
@@ -246,68 +225,11 @@ def _guarantee(groups: tuple[Group, ...], delta: float, finest: float) -> Guaran
         return Guarantee(0.0, delta, "none")
     if not _is_finite(groups):
         return Guarantee(math.inf, delta, "none")
-    by_rdp = _by_rdp(groups, delta)
-    by_pld = _by_pld(groups, delta, by_rdp, finest)
-    if by_pld is not None and by_pld <= by_rdp:
-        return Guarantee(by_pld, delta, "PLD")
-    return Guarantee(by_rdp, delta, "RDP" if math.isfinite(by_rdp) else "none")
-
-
-def _by_rdp(groups: Sequence[Group], delta: float) -> float:
-    """Mironov, Talwar, Zhang (arXiv:1908.10530); its conversion is that of arXiv:2004.00010, proposition 12."""
-    _require("dp_accounting")
-    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
-    from dp_accounting.rdp import RdpAccountant, compute_epsilon
-
-    accountant = RdpAccountant(_ORDERS)
-    with _silent():
-        try:
-            for sampling, noise, steps in groups:
-                accountant.compose(PoissonSampledDpEvent(sampling, GaussianDpEvent(noise)), steps)
-        except (OverflowError, ZeroDivisionError):  # next to no noise
-            return math.inf
-        # What rounding has made negative, or no number, would count as epsilon 0: such an order is left out.
-        bounds = [value if value >= 0 else math.inf for value in map(float, accountant._rdp)]
-        return float(compute_epsilon(_ORDERS, bounds, delta)[0])
-
-
-def _by_pld(groups: Sequence[Group], delta: float, by_rdp: float, finest: float) -> float | None:
-    """Koskela et al. (arXiv:1906.03049), pessimistic by "connect the dots" (arXiv:2207.04380), both directions."""
-    if by_rdp > _MOST_OF_PLD or delta < _LEAST_DELTA_OF_PLD:
-        return None
-    # As many points for a large epsilon as for a small one; RDP's bound grows with what is composed, so the grid never
-    # becomes finer, and the bound not lower, by adding steps.
-    grid = next(grid for grid, most in ((_FINEST, 30), (1e-3, 300), (1e-2, math.inf)) if by_rdp <= most)
-    composed = None
-    for group in groups:
-        one = _losses(*group, max(grid, finest))
-        composed = one if composed is None else composed.compose(one)
-    assert composed is not None
-    return float(composed.get_epsilon_for_delta(delta))
-
-
-@lru_cache(maxsize=8)  # some MiB each; what comes of them is kept, too
-def _losses(sampling: float, noise: float, steps: int, grid: float) -> Any:
-    from dp_accounting.pld import privacy_loss_distribution
-
-    one = privacy_loss_distribution.from_gaussian_mechanism(
-        noise, value_discretization_interval=grid, sampling_prob=sampling
-    )
-    return one.self_compose(steps)
-
-
-def _by_prv(groups: Sequence[Group], delta: float) -> float | None:
-    _require("opacus")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of its RDP, and of a logarithm of 0 at sampling 1
-        from opacus.accountants import PRVAccountant
-
-        accountant = PRVAccountant()
-        accountant.history = [(noise, sampling, steps) for sampling, noise, steps in groups]
-        try:
-            return float(accountant.get_epsilon(delta))
-        except (RuntimeError, ValueError):  # its grid does not fit
-            return None
+    rdp = by_rdp(groups, delta)
+    pld = by_pld(groups, delta, rdp, finest)
+    if pld is not None and pld <= rdp:
+        return Guarantee(pld, delta, "PLD")
+    return Guarantee(rdp, delta, "RDP" if math.isfinite(rdp) else "none")
 
 
 def _least(value: Callable[[float], float], target: float, start: float, *, ratio: float, precision: float) -> float:
@@ -358,25 +280,6 @@ def _least(value: Callable[[float], float], target: float, start: float, *, rati
 def _check_delta(delta: float) -> None:
     if not 0 < delta < 1:
         raise PrivacyError(f"delta = {delta}: must lie between 0 and 1; below 1 by the number of examples is usual")
-
-
-def _require(module: str) -> None:
-    from importlib.util import find_spec
-
-    if find_spec(module) is None:
-        raise PrivacyError(f"privacy cannot be accounted for: {module} is missing; pip install 'caravan[private]'")
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Keep dp-accounting from telling on standard error which orders it leaves out."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def in_figures(value: float) -> str:

@@ -58,7 +58,8 @@ class Budget:
     Attributes:
         config: the settings of privacy.
         plan: of this training; in mode "paper" with the paper's noise.
-        ledger: where steps are announced before they are taken; None in mode "paper", of which nothing adds up.
+        ledger: where steps are announced before they are taken; those of mode "paper" as having no noise, so that no
+            cap holds on the data any more.
     """
 
     def __init__(
@@ -92,22 +93,11 @@ class Budget:
         self.config, self.epochs = config, {stage: count for stage, count in epochs.items() if count}
         units = len(units_of(examples, config))
         delta = config.delta or max(units, 2) ** -_DELTA_POWER
-        self.ledger: Ledger | None = None
         self._steps: dict[str, PrivateSteps] = {}
         if config.mode == "paper":
-            sizes = dict(paper_batch or {})
-            steps = {stage: count * math.ceil(units / sizes[stage]) for stage, count in self.epochs.items()}
-            share = max((min(1.0, size / units) for size in sizes.values()), default=1.0)
-            self.plan = Plan(share, config.paper_noise, steps, delta)
-            return
-        _check_noise(config)
-        sampling, per_epoch = sampling_rate(units, config.batch), steps_per_epoch(units, config.batch)
-        steps = {stage: count * per_epoch for stage, count in self.epochs.items()}
-        sigma = config.noise_multiplier
-        if sigma is None:
-            pairs = [(sampling, count) for count in steps.values()]
-            sigma = noise_for(config.epsilon or math.inf, delta, pairs) if pairs else 0.0
-        self.plan = Plan(sampling, sigma, steps, delta)
+            self.plan = _paper_plan(config, units, self.epochs, paper_batch or {}, delta)
+        else:
+            self.plan = _accounted_plan(config, units, self.epochs, delta)
         column = config.user_column if config.unit == "user" else None
         self.ledger = Ledger.open(folder or default_folder(), identify(examples, column), run=run, part=part)
 
@@ -118,10 +108,10 @@ class Budget:
             PrivacyError: they would.
         """
         cap = self.config.epsilon_cap
-        if cap is None or self.ledger is None:
+        if cap is None:
             return
-        plan = self.plan
-        ahead = [Mechanism(plan.sampling, plan.sigma, plan.steps[stage]) for stage in stages if stage in plan.steps]
+        plan, sigma = self.plan, self._announced_sigma
+        ahead = [Mechanism(plan.sampling, sigma, plan.steps[stage]) for stage in stages if stage in plan.steps]
         after = epsilon([*self.ledger.spent(), *ahead], plan.delta)
         if not after.epsilon <= cap:
             so_far = in_figures(self.ledger.guarantee(plan.delta).epsilon)
@@ -135,16 +125,21 @@ class Budget:
         if stage not in self._steps:
 
             def spend(count: int) -> float | None:
-                if self.ledger is None:
-                    return None
                 plan = self.plan
-                mechanism = Mechanism(plan.sampling, plan.sigma, count)
+                mechanism = Mechanism(plan.sampling, self._announced_sigma, count)
                 self.ledger.reserve(mechanism, cap=self.config.epsilon_cap, delta=plan.delta, stage=stage)
                 so_far = epsilon(self.ledger.spent(), plan.delta, rough=True).epsilon
                 return so_far if math.isfinite(so_far) else None
 
             self._steps[stage] = PrivateSteps(self.config, self.plan.sigma, spend)
+            if self.config.mode == "paper" and stage in self.plan.steps:
+                spend(self.plan.steps[stage])  # its steps ask for no leave
         return self._steps[stage]
+
+    @property
+    def _announced_sigma(self) -> float:
+        """The noise that the ledger is told of: none where none can be accounted for."""
+        return 0.0 if self.config.mode == "paper" else self.plan.sigma
 
     def paper(self) -> PaperGuarantee:
         """What can be proved of mode "paper", and what its noise would be worth where each step is accounted for."""
@@ -162,8 +157,9 @@ class Budget:
         )
 
     def spent_metrics(self) -> dict[str, float]:
-        """The epsilon of all private trainings on the data, for whoever its owner lets know; none in mode "paper"."""
-        return {} if self.ledger is None else {"epsilon": self.ledger.guarantee(self.plan.delta).epsilon}
+        """The epsilon of all private trainings on the data, for whoever its owner lets know; none if it is infinite."""
+        found = self.ledger.guarantee(self.plan.delta).epsilon
+        return {"epsilon": found} if math.isfinite(found) else {}
 
     def facts(self) -> dict[str, Any]:
         """What is saved of it: plain values without private statistics; an epsilon that is infinite is None."""
@@ -181,9 +177,7 @@ class Budget:
             reasons, accounted = list(found.reasons), as_values(found.accounted)
             return facts | {**as_values(found.proved), "reasons": reasons, "accounted": accounted}
         facts |= {"clip": config.clip, "batch": config.batch, **as_values(plan.guarantee)}
-        if self.ledger is not None:
-            facts["all_runs"] = as_values(self.ledger.guarantee(plan.delta))
-        return facts
+        return facts | {"all_runs": as_values(self.ledger.guarantee(plan.delta))}
 
     def statement(self) -> str:
         """What a reader of the saved retriever is told."""
@@ -193,7 +187,6 @@ class Budget:
                 f"{self.paper()} Keep the tensors as private as the queries."
             )
         plan, ledger = self.plan, self.ledger
-        assert ledger is not None
         who = "query" if self.config.unit == "example" else "user's queries together"
         steps = " and ".join(f"{count:,} {stage}" for stage, count in plan.steps.items())
         return (
@@ -209,6 +202,25 @@ def as_values(guarantee: Guarantee) -> dict[str, Any]:
     value = guarantee.epsilon
     shown = value if math.isfinite(value) else None
     return {"epsilon": shown, "delta": guarantee.delta, "accountant": guarantee.accountant}
+
+
+def _paper_plan(
+    config: PrivacyConfig, units: int, epochs: Mapping[str, int], sizes: Mapping[str, int], delta: float
+) -> Plan:
+    steps = {stage: count * math.ceil(units / sizes[stage]) for stage, count in epochs.items() if stage in sizes}
+    share = max((min(1.0, size / units) for size in sizes.values()), default=1.0)
+    return Plan(share, config.paper_noise, steps, delta)
+
+
+def _accounted_plan(config: PrivacyConfig, units: int, epochs: Mapping[str, int], delta: float) -> Plan:
+    _check_noise(config)
+    sampling, per_epoch = sampling_rate(units, config.batch), steps_per_epoch(units, config.batch)
+    steps = {stage: count * per_epoch for stage, count in epochs.items()}
+    sigma = config.noise_multiplier
+    if sigma is None:
+        pairs = [(sampling, count) for count in steps.values()]
+        sigma = noise_for(config.epsilon or math.inf, delta, pairs) if pairs else 0.0
+    return Plan(sampling, sigma, steps, delta)
 
 
 def _check_noise(config: PrivacyConfig) -> None:
