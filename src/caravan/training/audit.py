@@ -1,0 +1,358 @@
+"""An attack on private training: what it finds out must not exceed what the accountant allows.
+
+A canary is a unit that is trained on or not, by the toss of a coin. Who guesses the coins of many canaries of one
+training too well proves that it is less private than is said (Steinke, Nasr, Jagielski 2023, arXiv:2305.08846). The
+bound is far from tight, so an audit that passes proves nothing: it finds gross faults. What it cannot see: noise or
+clipping that is wrong by a small factor, sampling that is not Poisson (the canaries of `audit_mechanism` are in every
+step), adapter and head clipped apart, and a step whose whole sum is clipped, so that hundreds of canaries drown each
+other while a single one could turn it.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from caravan.config import AdapterStageConfig, HeadConfig, HeadStageConfig, PrivacyConfig, TrainingConfig
+from caravan.data.catalogue import Catalogue
+from caravan.data.records import Document, Example
+from caravan.errors import PrivacyError
+from caravan.model.backbone import Backbone
+from caravan.model.retriever import Retriever
+from caravan.training.accounting import Guarantee, Mechanism, epsilon, in_figures
+from caravan.training.features import FeatureStore
+from caravan.training.inputs import Inputs, TokenInputs, VectorInputs
+from caravan.training.noise import NoiseSource
+from caravan.training.private import PrivateSteps
+from caravan.training.progress import Report
+from caravan.training.sampling import sampling_rate, steps_per_epoch, units_of
+from caravan.training.targets import Targets
+from caravan.training.trainer import Stage, fit, trained_parameters
+
+CANARIES = 1000  # fewer prove less: with 300, a mechanism without any noise shows an epsilon of 3, with these of 4
+_GUESSED = (
+    0.2  # share of the canaries that is guessed; at epsilon 2 to 4 more are too unsure, and fewer prove too little
+)
+_LOUD = 20.0  # norm of a canary's gradient over the clip: clipping left out must show
+_UNSURE = 0.5  # spread of the logits at the start: canaries are gold for rows of their own, and each is a surprise
+_PRECISION = 1e-6  # of a bound
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What one attacked training showed.
+
+    Attributes:
+        canaries: how many coins there were.
+        guesses: for how many of them a guess was made; set beforehand, not by what it brought.
+        correct: how many guesses were right.
+        confidence: of the lower bound.
+        accounted: what the accountant allows.
+    """
+
+    canaries: int
+    guesses: int
+    correct: int
+    confidence: float
+    accounted: Guarantee
+
+    @property
+    def lower_bound(self) -> float:
+        """An epsilon that the training exceeds, at this confidence and the accountant's delta."""
+        return one_run_lower_bound(
+            self.correct, self.guesses, self.accounted.delta, self.canaries, confidence=self.confidence
+        )
+
+    @property
+    def ceiling(self) -> float:
+        """What the lower bound would be had every guess been right."""
+        return dataclasses.replace(self, correct=self.guesses).lower_bound
+
+    @property
+    def passed(self) -> bool:
+        """Whether the accountant is not contradicted."""
+        return self.lower_bound <= self.accounted.epsilon
+
+
+def one_run_lower_bound(
+    guesses_correct: int, guesses: int, delta: float, total_canaries: int, *, confidence: float = 0.95
+) -> float:
+    """Give the largest epsilon that so many correct guesses refute (arXiv:2305.08846, corollary 5.4, appendix D).
+
+    Under (epsilon, delta)-differential privacy with q = 1 / (1 + exp(-epsilon)), the chance of v or more correct ones
+    among r guesses of m coins is at most P[B >= v] + 2 m delta max_i P[v > B >= v - i] / i, where B is binomial (r, q).
+    The number of guesses must not depend on which of them are right: choose it beforehand, or divide 1 - confidence by
+    the number of choices that were tried.
+
+    Args:
+        guesses_correct: v.
+        guesses: r, without abstentions.
+        delta: in [0, 1).
+        total_canaries: m, with abstentions; each was included by a fair coin of its own.
+        confidence: chance with which the bound holds, in (0, 1).
+
+    Returns:
+        At least 0; no more than 1e-6 below the exact value.
+
+    Raises:
+        PrivacyError: the numbers contradict each other.
+    """
+    if not 0 <= guesses_correct <= guesses <= total_canaries:
+        raise PrivacyError(
+            f"{guesses_correct} of {guesses} guesses correct, of {total_canaries} canaries: each number must be at "
+            "least the one before it; count again"
+        )
+    if not 0 <= delta < 1 or not 0 < confidence < 1:
+        raise PrivacyError(
+            f"delta = {delta}, confidence = {confidence}: must lie between 0 and 1; 1e-5, 0.95 are usual"
+        )
+
+    def refuted(tried: float) -> bool:
+        return _chance(guesses_correct, guesses, delta, total_canaries, tried) < 1 - confidence
+
+    if not refuted(0.0):
+        return 0.0
+    low, high = 0.0, 1.0
+    while refuted(high):
+        low, high = high, 2 * high
+    while high - low > _PRECISION:
+        middle = (low + high) / 2
+        low, high = (middle, high) if refuted(middle) else (low, middle)
+    return low
+
+
+def audit_mechanism(
+    backbone: Backbone,
+    config: PrivacyConfig,
+    sigma: float,
+    *,
+    delta: float,
+    seed: int,
+    stage: Stage = "head",
+    steps: int = 1,
+    canaries: int = CANARIES,
+    confidence: float = 0.95,
+    source: NoiseSource | None = None,
+    store: FeatureStore | None = None,
+    report: Report | None = None,
+) -> Audit:
+    """Attack `fit` with canaries whose gradients are known, and see what the released sums say of them.
+
+    Each canary is gold for a document of its own, so that their gradients hardly overlap, and 20 times louder than the
+    clip. Those whose coin says so are trained on with `fit`, all of them in every step, with plain SGD at a rate so
+    low that the weights hardly move: what the weights changed by is then the sum of what the steps released. Its
+    product with each canary's gradient, which the attacker computes by himself, is the canary's score.
+
+    Args:
+        backbone: what the canaries are encoded with.
+        config: mode, clip and unit that are audited; with users, each canary is one with so many examples.
+        sigma: noise multiplier of a step.
+        delta: at which both bounds are given.
+        seed: decides coins and texts; must be unknown to the mechanism.
+        stage: "head", or "adapter" to attack the gradients of both.
+        steps: how many.
+        canaries: how many; a fifth of them is guessed.
+        confidence: of the lower bound.
+        source: who draws the noise; the operating system if None.
+        store: where the canaries' vectors are kept.
+        report: called as the work goes on.
+
+    Raises:
+        PrivacyError: the audit could not fail, whatever the mechanism does, or `fit` refuses its settings.
+    """
+    audit = Audit(canaries, _guesses(canaries), 0, confidence, epsilon([Mechanism(1.0, sigma, steps)], delta))
+    if config.mode == "paper":
+        raise PrivacyError('privacy.mode = "paper" promises nothing that an audit could refute; audit "dp-sgd"')
+    if audit.ceiling <= audit.accounted.epsilon:
+        raise PrivacyError(
+            f"an audit with {canaries} canaries shows at most epsilon = {in_figures(audit.ceiling)} and could not "
+            f"refute {in_figures(audit.accounted.epsilon)}; take more canaries or a smaller epsilon"
+        )
+    chance = torch.Generator().manual_seed(seed)
+    units = _loud_canaries(canaries, config, chance)
+    retriever = _unsure_retriever(backbone, [own[0] for own in units], config.clip, chance)
+    before = retriever.trainable_state()
+    included = torch.rand(canaries, generator=chance) < 0.5
+    private = PrivateSteps(dataclasses.replace(config, batch=canaries), sigma, _unspent, source=source)
+    examples = [example for own, inside in zip(units, included.tolist(), strict=True) if inside for example in own]
+    training = _slow_training(steps, config.clip)
+    fit(retriever, examples, stage, training, seed=seed, store=store, report=report, privacy=private)
+    after = retriever.trainable_state()
+    retriever.load_trainable_state(before)
+    released = {name: before[name] - tensor for name, tensor in after.items()}
+    scores = _alignments(retriever, [own[0] for own in units], stage, training, released, store or FeatureStore())
+    return dataclasses.replace(audit, correct=_correct(scores, included, audit.guesses))
+
+
+def audit_training(
+    retriever: Retriever,
+    examples: Sequence[Example],
+    stage: Stage,
+    config: TrainingConfig,
+    private: PrivateSteps,
+    *,
+    delta: float,
+    seed: int,
+    canaries: int = CANARIES,
+    confidence: float = 0.95,
+    store: FeatureStore | None = None,
+    report: Report | None = None,
+) -> Audit:
+    """Attack a whole training through nothing but its result: canaries are nonsense with a document drawn by lot.
+
+    The score of a canary is by how much training lowered its loss. This is far weaker than `audit_mechanism`: it sees
+    what a training with such settings gives away to who holds the model, not whether the mechanism keeps its promise.
+
+    Args:
+        retriever: trained in place, on the examples and some of the canaries: not to be used afterwards.
+        examples: N queries, always trained on.
+        stage: what is trained.
+        config: settings of both stages.
+        private: how a guarantee is kept; what the training spends is told to it.
+        delta: at which both bounds are given.
+        seed: decides coins, texts and their documents, and the order of examples.
+        canaries: how many; a fifth of them is guessed.
+        confidence: of the lower bound.
+        store: where vectors are kept.
+        report: called as the work goes on.
+
+    Raises:
+        PrivacyError: `fit` refuses the settings, or the budget is spent.
+    """
+    chance = torch.Generator().manual_seed(seed)
+    names = [document.doc_id for document in retriever.catalogue]
+    rows = torch.randint(len(names), (canaries,), generator=chance).tolist()
+    texts = _nonsense(canaries, chance)
+    dummies = [
+        Example(text, (names[row],), columns=_user(private.config, number))
+        for number, (text, row) in enumerate(zip(texts, rows, strict=True))
+    ]
+    included = torch.rand(canaries, generator=chance) < 0.5
+    trained_on = [*examples, *(each for each, inside in zip(dummies, included.tolist(), strict=True) if inside)]
+    count, batch = len(units_of(trained_on, private.config)), private.config.batch
+    epochs = config.head.epochs if stage == "head" else config.adapter.epochs
+    spent = Mechanism(sampling_rate(count, batch), private.sigma, epochs * steps_per_epoch(count, batch))
+    before = _losses(retriever, dummies)
+    fit(retriever, trained_on, stage, config, seed=seed, store=store, report=report, privacy=private)
+    guesses = _guesses(canaries)
+    correct = _correct(before - _losses(retriever, dummies), included, guesses)
+    return Audit(canaries, guesses, correct, confidence, epsilon([spent], delta))
+
+
+def _chance(correct: int, guesses: int, delta: float, canaries: int, tried: float) -> float:
+    """Bound the chance of so many correct guesses or more under (tried, delta)-differential privacy."""
+    likely = -math.log1p(math.exp(-tried))  # ln q
+    unlikely = likely - tried  # ln (1 - q)
+    ways = math.lgamma(guesses + 1)
+    exactly = [
+        math.exp(ways - math.lgamma(v + 1) - math.lgamma(guesses - v + 1) + v * likely + (guesses - v) * unlikely)
+        for v in range(guesses + 1)
+    ]
+    steepest, below = 0.0, 0.0
+    for distance in range(1, correct + 1):
+        below += exactly[correct - distance]
+        steepest = max(steepest, below / distance)
+    return math.fsum(exactly[correct:]) + 2 * canaries * delta * steepest
+
+
+def _guesses(canaries: int) -> int:
+    return 2 * max(1, round(canaries * _GUESSED / 2))
+
+
+def _correct(scores: Tensor, included: Tensor, guesses: int) -> int:
+    """Count how often the highest scores are included ones and the lowest are not, half of the guesses each."""
+    order = scores.argsort()
+    lowest, highest = order[: guesses // 2], order[len(order) - guesses // 2 :]
+    return int(included[highest].sum()) + int((~included[lowest]).sum())
+
+
+def _nonsense(count: int, chance: torch.Generator) -> list[str]:
+    """Distinct texts of four words of random letters."""
+    letters = torch.randint(26, (count, 4, 4), generator=chance).tolist()
+    words = [[bytes(97 + letter for letter in word).decode() for word in text] for text in letters]
+    return [" ".join([*text, str(number)]) for number, text in enumerate(words)]
+
+
+def _user(config: PrivacyConfig, number: int) -> dict[str, str]:
+    return {config.user_column: f"canary {number}"} if config.unit == "user" and config.user_column else {}
+
+
+def _loud_canaries(count: int, config: PrivacyConfig, chance: torch.Generator) -> list[list[Example]]:
+    """For each canary its examples; those of a user are alike, so that clipped one by one they would add up."""
+    copies = config.examples_per_user if config.unit == "user" else 1
+    return [
+        [Example(text, (f"d{number}",), columns=_user(config, number))] * copies
+        for number, text in enumerate(_nonsense(count, chance))
+    ]
+
+
+def _unsure_retriever(
+    backbone: Backbone, canaries: Sequence[Example], clip: float, chance: torch.Generator
+) -> Retriever:
+    """A document a canary, none of them likelier than another: a canary's gradient lies in its own row."""
+    catalogue = Catalogue([Document(example.doc_ids[0], example.text) for example in canaries])
+    head = HeadConfig(hidden=0, scale=_LOUD * clip)
+    rows = torch.randn(len(canaries), backbone.hidden_width, generator=chance) * (_UNSURE / head.scale)
+    return Retriever.start(backbone, catalogue, rows.to(backbone.config.device), head=head)
+
+
+def _slow_training(steps: int, clip: float) -> TrainingConfig:
+    plain = {"epochs": steps, "weight_decay": 0.0, "label_smoothing": 0.0, "dropout": 0.0}
+    rate = 1e-3 / clip**2  # a step is at most so long times the clip, and changes logits by 20 clips times that
+    return TrainingConfig(
+        head=HeadStageConfig(learning_rate=rate, **plain),
+        adapter=AdapterStageConfig(learning_rate=rate, head_learning_rate=rate, token_dropout=0.0, **plain),
+        optimizer="sgd",
+        warmup=0.0,
+        precision="float32",
+    )
+
+
+def _unspent(steps: int) -> None:
+    """Canaries are nobody's: there is no budget to spend."""
+
+
+def _alignments(
+    retriever: Retriever,
+    canaries: Sequence[Example],
+    stage: Stage,
+    config: TrainingConfig,
+    released: dict[str, Tensor],
+    store: FeatureStore,
+) -> Tensor:
+    """Products of each canary's gradient with what was released, float64 (m,), by a backward pass for each."""
+    encoder, texts = retriever.encoder, [example.text for example in canaries]
+    inputs: Inputs = (
+        VectorInputs(store.encode(encoder, texts)) if stage == "head" else TokenInputs(encoder, texts, config)
+    )
+    parameters = trained_parameters(retriever, stage)
+    along = {name: released[name].to(parameter.device) for name, parameter in parameters.items()}
+    scores = []
+    for number, example in enumerate(canaries):
+        logits = retriever.head(inputs.queries([number]))
+        loss = -logits.log_softmax(dim=1)[0, retriever.catalogue.row(example.doc_ids[0])]
+        gradients = torch.autograd.grad(loss, list(parameters.values()))
+        scores.append(
+            sum(
+                float((gradient * along[name]).sum(dtype=torch.float64))
+                for name, gradient in zip(along, gradients, strict=True)
+            )
+        )
+    return torch.tensor(scores, dtype=torch.float64)
+
+
+@torch.no_grad()
+def _losses(retriever: Retriever, examples: Sequence[Example]) -> Tensor:
+    """Cross-entropy of each example, float32 (m,), nats."""
+    targets = Targets(
+        [retriever.catalogue.gold_rows(example) for example in examples],
+        queries=len(examples),
+        document_count=len(retriever.catalogue),
+        weighting="none",
+        device=retriever.encoder.device,
+    )
+    scores = torch.cat(list(retriever.score_batches([example.text for example in examples])))
+    return targets.losses(scores, range(len(examples)), 0.0).cpu()
