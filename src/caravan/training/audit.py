@@ -9,9 +9,7 @@ other while a single one could turn it.
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,10 +20,11 @@ from caravan.data.records import Document, Example
 from caravan.errors import PrivacyError
 from caravan.model.backbone import Backbone
 from caravan.model.retriever import Retriever
-from caravan.training.accounting import Guarantee, Mechanism, epsilon, in_figures
+from caravan.training.accounting import Mechanism, epsilon, in_figures
 from caravan.training.features import FeatureStore
 from caravan.training.inputs import Inputs, TokenInputs, VectorInputs
 from caravan.training.noise import NoiseSource
+from caravan.training.one_run import Audit, count_correct, guesses_of
 from caravan.training.private import PrivateSteps
 from caravan.training.progress import Report
 from caravan.training.sampling import sampling_rate, steps_per_epoch, units_of
@@ -33,95 +32,8 @@ from caravan.training.targets import Targets
 from caravan.training.trainer import Stage, fit, trained_parameters
 
 CANARIES = 1000  # fewer prove less: with 300, a mechanism without any noise shows an epsilon of 3, with these of 4
-_GUESSED = (
-    0.2  # share of the canaries that is guessed; at epsilon 2 to 4 more are too unsure, and fewer prove too little
-)
 _LOUD = 20.0  # norm of a canary's gradient over the clip: clipping left out must show
 _UNSURE = 0.5  # spread of the logits at the start: canaries are gold for rows of their own, and each is a surprise
-_PRECISION = 1e-6  # of a bound
-
-
-@dataclass(frozen=True)
-class Audit:
-    """What one attacked training showed.
-
-    Attributes:
-        canaries: how many coins there were.
-        guesses: for how many of them a guess was made; set beforehand, not by what it brought.
-        correct: how many guesses were right.
-        confidence: of the lower bound.
-        accounted: what the accountant allows.
-    """
-
-    canaries: int
-    guesses: int
-    correct: int
-    confidence: float
-    accounted: Guarantee
-
-    @property
-    def lower_bound(self) -> float:
-        """An epsilon that the training exceeds, at this confidence and the accountant's delta."""
-        return one_run_lower_bound(
-            self.correct, self.guesses, self.accounted.delta, self.canaries, confidence=self.confidence
-        )
-
-    @property
-    def ceiling(self) -> float:
-        """What the lower bound would be had every guess been right."""
-        return dataclasses.replace(self, correct=self.guesses).lower_bound
-
-    @property
-    def passed(self) -> bool:
-        """Whether the accountant is not contradicted."""
-        return self.lower_bound <= self.accounted.epsilon
-
-
-def one_run_lower_bound(
-    guesses_correct: int, guesses: int, delta: float, total_canaries: int, *, confidence: float = 0.95
-) -> float:
-    """Give the largest epsilon that so many correct guesses refute (arXiv:2305.08846, corollary 5.4, appendix D).
-
-    Under (epsilon, delta)-differential privacy with q = 1 / (1 + exp(-epsilon)), the chance of v or more correct ones
-    among r guesses of m coins is at most P[B >= v] + 2 m delta max_i P[v > B >= v - i] / i, where B is binomial (r, q).
-    The number of guesses must not depend on which of them are right: choose it beforehand, or divide 1 - confidence by
-    the number of choices that were tried.
-
-    Args:
-        guesses_correct: v.
-        guesses: r, without abstentions.
-        delta: in [0, 1).
-        total_canaries: m, with abstentions; each was included by a fair coin of its own.
-        confidence: chance with which the bound holds, in (0, 1).
-
-    Returns:
-        At least 0; no more than 1e-6 below the exact value.
-
-    Raises:
-        PrivacyError: the numbers contradict each other.
-    """
-    if not 0 <= guesses_correct <= guesses <= total_canaries:
-        raise PrivacyError(
-            f"{guesses_correct} of {guesses} guesses correct, of {total_canaries} canaries: each number must be at "
-            "least the one before it; count again"
-        )
-    if not 0 <= delta < 1 or not 0 < confidence < 1:
-        raise PrivacyError(
-            f"delta = {delta}, confidence = {confidence}: must lie between 0 and 1; 1e-5, 0.95 are usual"
-        )
-
-    def refuted(tried: float) -> bool:
-        return _chance(guesses_correct, guesses, delta, total_canaries, tried) < 1 - confidence
-
-    if not refuted(0.0):
-        return 0.0
-    low, high = 0.0, 1.0
-    while refuted(high):
-        low, high = high, 2 * high
-    while high - low > _PRECISION:
-        middle = (low + high) / 2
-        low, high = (middle, high) if refuted(middle) else (low, middle)
-    return low
 
 
 def audit_mechanism(
@@ -163,7 +75,7 @@ def audit_mechanism(
     Raises:
         PrivacyError: the audit could not fail, whatever the mechanism does, or `fit` refuses its settings.
     """
-    audit = Audit(canaries, _guesses(canaries), 0, confidence, epsilon([Mechanism(1.0, sigma, steps)], delta))
+    audit = Audit(canaries, guesses_of(canaries), 0, confidence, epsilon([Mechanism(1.0, sigma, steps)], delta))
     if config.mode == "paper":
         raise PrivacyError('privacy.mode = "paper" promises nothing that an audit could refute; audit "dp-sgd"')
     if audit.ceiling <= audit.accounted.epsilon:
@@ -184,7 +96,7 @@ def audit_mechanism(
     retriever.load_trainable_state(before)
     released = {name: before[name] - tensor for name, tensor in after.items()}
     scores = _alignments(retriever, [own[0] for own in units], stage, training, released, store or FeatureStore())
-    return dataclasses.replace(audit, correct=_correct(scores, included, audit.guesses))
+    return dataclasses.replace(audit, correct=count_correct(scores, included, audit.guesses))
 
 
 def audit_training(
@@ -237,36 +149,9 @@ def audit_training(
     spent = Mechanism(sampling_rate(count, batch), private.sigma, epochs * steps_per_epoch(count, batch))
     before = _losses(retriever, dummies)
     fit(retriever, trained_on, stage, config, seed=seed, store=store, report=report, privacy=private)
-    guesses = _guesses(canaries)
-    correct = _correct(before - _losses(retriever, dummies), included, guesses)
+    guesses = guesses_of(canaries)
+    correct = count_correct(before - _losses(retriever, dummies), included, guesses)
     return Audit(canaries, guesses, correct, confidence, epsilon([spent], delta))
-
-
-def _chance(correct: int, guesses: int, delta: float, canaries: int, tried: float) -> float:
-    """Bound the chance of so many correct guesses or more under (tried, delta)-differential privacy."""
-    likely = -math.log1p(math.exp(-tried))  # ln q
-    unlikely = likely - tried  # ln (1 - q)
-    ways = math.lgamma(guesses + 1)
-    exactly = [
-        math.exp(ways - math.lgamma(v + 1) - math.lgamma(guesses - v + 1) + v * likely + (guesses - v) * unlikely)
-        for v in range(guesses + 1)
-    ]
-    steepest, below = 0.0, 0.0
-    for distance in range(1, correct + 1):
-        below += exactly[correct - distance]
-        steepest = max(steepest, below / distance)
-    return math.fsum(exactly[correct:]) + 2 * canaries * delta * steepest
-
-
-def _guesses(canaries: int) -> int:
-    return 2 * max(1, round(canaries * _GUESSED / 2))
-
-
-def _correct(scores: Tensor, included: Tensor, guesses: int) -> int:
-    """Count how often the highest scores are included ones and the lowest are not, half of the guesses each."""
-    order = scores.argsort()
-    lowest, highest = order[: guesses // 2], order[len(order) - guesses // 2 :]
-    return int(included[highest].sum()) + int((~included[lowest]).sum())
 
 
 def _nonsense(count: int, chance: torch.Generator) -> list[str]:
