@@ -20,10 +20,12 @@ from command_line import Workshop, check_refused, listing, run, run_program, sta
 
 ROOT = Path(__file__).parents[2]
 TREE: Any = typer.main.get_command(cli.app)
-GROUP: dict[str, click.Command] = TREE.commands["federate"].commands
+GROUPS: dict[str, dict[str, click.Command]] = {
+    name: command.commands for name, command in TREE.commands.items() if isinstance(command, click.Group)
+}
 COMMANDS: dict[str, click.Command] = {
-    **{name: command for name, command in TREE.commands.items() if name != "federate"},
-    **{f"federate {name}": command for name, command in GROUP.items()},
+    **{name: command for name, command in TREE.commands.items() if name not in GROUPS},
+    **{f"{group} {name}": command for group, commands in GROUPS.items() for name, command in commands.items()},
 }
 # Every option of `train` that stands for a setting: what is written, and what it sets.
 OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -86,9 +88,11 @@ def test_the_commands_are_those_of_the_manual():
         "info",
         "personalise",
         "federate",
+        "privacy",
     ]
     assert list(TREE.commands) == names
-    assert list(GROUP) == ["init", "server", "client", "submit", "status"]
+    groups = {name: list(commands) for name, commands in GROUPS.items()}
+    assert groups == {"federate": ["init", "server", "client", "submit", "status"], "privacy": ["plan", "ledger"]}
 
 
 @pytest.mark.parametrize("name", COMMANDS)

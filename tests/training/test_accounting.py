@@ -162,7 +162,7 @@ def test_a_target_that_is_spent_or_nearly_so_is_refused():
         noise_for(value * (1 + 1e-9), 1e-5, [(0.1, 10)], spent)
 
 
-@pytest.mark.parametrize(("noise", "by_rdp", "by_pld"), [(0.1, 1_313, 1_189), (0.5, 13.6, 11.7)])
+@pytest.mark.parametrize(("noise", "by_rdp", "by_pld"), [(0.1, 1_313, 1_189), (0.5, 14, 11.7)])
 def test_the_paper_s_noise_is_worth_little_even_where_it_is_accounted(noise, by_rdp, by_pld):
     mechanism = Mechanism(SMS_SPAM[0], noise, SMS_SPAM[1])
     assert epsilons([mechanism], 1e-5)["RDP"] == pytest.approx(by_rdp, rel=0.01)

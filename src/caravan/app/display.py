@@ -174,6 +174,7 @@ def describe_installation() -> dict[str, Any]:
     from caravan.training.features import default_cache
 
     extras = {"federated": "flwr", "ray": "ray", "datasets": "datasets", "report": "matplotlib", "compare": "peft"}
+    extras["private"] = "dp_accounting"
     return {
         "caravan": __version__,
         "python": platform.python_version(),

@@ -1,39 +1,22 @@
 """What differentially private training costs: (epsilon, delta) of steps that are taken, by libraries' accountants.
 
 Adjacency is "add or remove one unit" (an example, or a user) throughout. Two accountants give upper bounds by
-construction and the tighter one is quoted: privacy loss distributions (PLD; dp-accounting) and Renyi differential
-privacy (RDP; dp-accounting). Opacus' PRV is shown beside them as a check: it looks at removal alone, and its source
-says that its domain departs from the theory. Gaussian differential privacy (GDP) is an approximation that comes out
-too low, and is never computed.
+construction and the tighter one is quoted; a third is shown beside them as a check (`caravan.training.accountants`).
+Gaussian differential privacy (GDP) is an approximation that comes out too low, and is never computed.
 """
 
-import logging
 import math
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Literal
 
 from caravan.errors import PrivacyError
+from caravan.training.accountants import COARSE, FINEST, MOST_OF_PRV, Group, by_pld, by_prv, by_rdp
 
-_FINEST = 1e-4  # the grid of privacy losses; each coarser one takes every tenth point, so its bound is never the lower
-_COARSE = 1e-3  # 0.4 % above the finest one on 14,000 steps of epsilon 2.4, and ten times as fast
-_LEAST_DELTA_OF_PLD = 1e-10  # rounding errors of the Fourier transform stay far below this
-_MOST_OF_PLD = 1e4  # an epsilon above says nothing; a finer bound of it is not worth the memory
-_MOST_OF_PRV = 50.0  # Opacus' grid does not grow with epsilon: above, minutes
 _LARGEST_NOISE = 1e6
 _PRECISION = 1.001  # of a noise multiplier that is looked for, relative
-# dp-accounting's orders end at 1.1 below; what has very little noise is bound best by orders near 1.
-_ORDERS = (
-    *(1.01, 1.02, 1.03, 1.05),
-    *(1 + tenths / 10 for tenths in range(1, 100)),
-    *range(11, 64),
-    *(64, 72, 80, 96, 128, 160, 192, 256, 320, 384, 512, 768, 1024),
-)
-
-Group = tuple[float, float, int]  # sampling, noise multiplier, steps
+_MOST_LINES = 12  # of interpolating before halving, which always ends
 
 
 @dataclass(frozen=True)
@@ -114,7 +97,7 @@ def epsilon(mechanisms: Sequence[Mechanism], delta: float) -> Guarantee:
         PrivacyError: delta is out of range, or the extra "private" is not installed.
     """
     _check_delta(delta)
-    return _guarantee(_grouped(mechanisms), delta, _FINEST)
+    return _guarantee(_grouped(mechanisms), delta, FINEST)
 
 
 def epsilons(mechanisms: Sequence[Mechanism], delta: float) -> dict[str, float | None]:
@@ -129,16 +112,20 @@ def epsilons(mechanisms: Sequence[Mechanism], delta: float) -> dict[str, float |
     groups = _grouped(mechanisms)
     if not _is_finite(groups) or not groups:
         return dict.fromkeys(("PLD", "RDP", "PRV"), math.inf if groups else 0.0)
-    by_rdp = _by_rdp(groups, delta)
-    by_pld = _by_pld(groups, delta, by_rdp, _FINEST)
-    given: dict[str, float | None] = {"PLD": by_pld, "RDP": by_rdp, "PRV": None}
-    if min(value for value in given.values() if value is not None) <= _MOST_OF_PRV:
-        given["PRV"] = _by_prv(groups, delta)
+    rdp = by_rdp(groups, delta)
+    given: dict[str, float | None] = {"PLD": by_pld(groups, delta, rdp, FINEST), "RDP": rdp, "PRV": None}
+    if min(value for value in given.values() if value is not None) <= MOST_OF_PRV:
+        given["PRV"] = by_prv(groups, delta)
     return {name: None if value is None or math.isinf(value) else value for name, value in given.items()}
 
 
 def noise_for(
-    target_epsilon: float, delta: float, plan: Sequence[tuple[float, int]], spent: Sequence[Mechanism] = ()
+    target_epsilon: float,
+    delta: float,
+    plan: Sequence[tuple[float, int]],
+    spent: Sequence[Mechanism] = (),
+    *,
+    rough: bool = False,
 ) -> float:
     """Find the least noise multiplier with which a plan stays within an epsilon, to 0.1 % and never above it.
 
@@ -147,6 +134,7 @@ def noise_for(
         delta: in (0, 1).
         plan: (sampling, steps) pairs, all with the noise that is looked for.
         spent: what the same data has been used for before, where the target is to hold for all together.
+        rough: stop where it is enough but may be some percent more than needed, in half of the time.
 
     Raises:
         PrivacyError: no noise is enough, a number is out of range, or the extra "private" is not installed.
@@ -160,23 +148,22 @@ def noise_for(
             f"epsilon = {target_epsilon:g} is spent: what this data was used for comes to {before}; raise the target"
         )
 
-    def within(grid: float) -> Callable[[float], bool]:
-        def holds(noise: float) -> bool:
+    def by_noise(grid: float) -> Callable[[float], float]:
+        def of(noise: float) -> float:
             planned = [Mechanism(sampling, noise, steps) for sampling, steps in plan]
-            return _guarantee(_grouped([*spent, *planned]), delta, grid).epsilon <= target_epsilon
+            return _guarantee(_grouped([*spent, *planned]), delta, grid).epsilon
 
-        return holds
+        return of
 
-    high = 1.0
-    while not within(_COARSE)(high):
-        high *= 2
-        if high > _LARGEST_NOISE:
-            raise PrivacyError(
-                f"epsilon = {target_epsilon:g} leaves too little for this plan beside {before}; raise the target"
-            )
     # The coarse grid's noise is enough on the fine one too, and hardly more than the least.
-    near = _least(within(_COARSE), high, ratio=2.0, precision=1.003)
-    return _least(within(_FINEST), near, ratio=1.003, precision=_PRECISION)
+    least = _least(by_noise(COARSE), target_epsilon, 1.0, ratio=2.0, precision=1.01 if rough else 1.003)
+    if math.isfinite(least) and not rough:
+        least = _least(by_noise(FINEST), target_epsilon, least, ratio=1.003, precision=_PRECISION)
+    if math.isinf(least):
+        raise PrivacyError(
+            f"epsilon = {target_epsilon:g} leaves too little for this plan beside {before}; raise the target"
+        )
+    return least
 
 
 def paper_guarantee(
@@ -237,103 +224,61 @@ def _guarantee(groups: tuple[Group, ...], delta: float, finest: float) -> Guaran
         return Guarantee(0.0, delta, "none")
     if not _is_finite(groups):
         return Guarantee(math.inf, delta, "none")
-    by_rdp = _by_rdp(groups, delta)
-    by_pld = _by_pld(groups, delta, by_rdp, finest)
-    if by_pld is not None and by_pld <= by_rdp:
-        return Guarantee(by_pld, delta, "PLD")
-    return Guarantee(by_rdp, delta, "RDP" if math.isfinite(by_rdp) else "none")
+    rdp = by_rdp(groups, delta)
+    pld = by_pld(groups, delta, rdp, finest)
+    if pld is not None and pld <= rdp:
+        return Guarantee(pld, delta, "PLD")
+    return Guarantee(rdp, delta, "RDP" if math.isfinite(rdp) else "none")
 
 
-def _by_rdp(groups: Sequence[Group], delta: float) -> float:
-    """Mironov, Talwar, Zhang (arXiv:1908.10530); its conversion is that of arXiv:2004.00010, proposition 12."""
-    _require("dp_accounting")
-    from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
-    from dp_accounting.rdp import RdpAccountant, compute_epsilon
+def _least(value: Callable[[float], float], target: float, start: float, *, ratio: float, precision: float) -> float:
+    """Find the least x at which a falling function is no more than a target; never one at which it is more.
 
-    accountant = RdpAccountant(_ORDERS)
-    with _silent():
-        try:
-            for sampling, noise, steps in groups:
-                accountant.compose(PoissonSampledDpEvent(sampling, GaussianDpEvent(noise)), steps)
-        except (OverflowError, ZeroDivisionError):  # next to no noise
+    Args:
+        value: falls about like a power of x, so lines through logarithms lead near.
+        target: above 0.
+        start: where to look first.
+        ratio: of the first step from there, until x lies between two of them; further ones are up to 2.
+        precision: at most so many times the least x is given.
+
+    Returns:
+        Infinity where x would be above 1,000,000.
+    """
+    low = high = start
+    at_low = at_high = value(start)
+    while at_low <= target:
+        high, at_high = low, at_low
+        low /= ratio
+        at_low = value(low)
+        ratio = min(ratio * ratio, 2.0)
+    while at_high > target:
+        low, at_low = high, at_high
+        high *= ratio
+        ratio = min(ratio * ratio, 2.0)
+        if high > _LARGEST_NOISE:
             return math.inf
-        # What rounding has made negative, or no number, would count as epsilon 0: such an order is left out.
-        bounds = [value if value >= 0 else math.inf for value in map(float, accountant._rdp)]
-        return float(compute_epsilon(_ORDERS, bounds, delta)[0])
-
-
-def _by_pld(groups: Sequence[Group], delta: float, by_rdp: float, finest: float) -> float | None:
-    """Koskela et al. (arXiv:1906.03049), pessimistic by "connect the dots" (arXiv:2207.04380), both directions."""
-    if by_rdp > _MOST_OF_PLD or delta < _LEAST_DELTA_OF_PLD:
-        return None
-    # As many points for a large epsilon as for a small one; RDP's bound grows with what is composed, so the grid never
-    # becomes finer, and the bound not lower, by adding steps.
-    grid = next(grid for grid, most in ((_FINEST, 30), (1e-3, 300), (1e-2, math.inf)) if by_rdp <= most)
-    composed = None
-    for group in groups:
-        one = _losses(*group, max(grid, finest))
-        composed = one if composed is None else composed.compose(one)
-    assert composed is not None
-    return float(composed.get_epsilon_for_delta(delta))
-
-
-@lru_cache(maxsize=64)
-def _losses(sampling: float, noise: float, steps: int, grid: float) -> Any:
-    from dp_accounting.pld import privacy_loss_distribution
-
-    one = privacy_loss_distribution.from_gaussian_mechanism(
-        noise, value_discretization_interval=grid, sampling_prob=sampling
-    )
-    return one.self_compose(steps)
-
-
-def _by_prv(groups: Sequence[Group], delta: float) -> float | None:
-    _require("opacus")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of its RDP, and of a logarithm of 0 at sampling 1
-        from opacus.accountants import PRVAccountant
-
-        accountant = PRVAccountant()
-        accountant.history = [(noise, sampling, steps) for sampling, noise, steps in groups]
-        try:
-            return float(accountant.get_epsilon(delta))
-        except (RuntimeError, ValueError):  # its grid does not fit
-            return None
-
-
-def _least(holds: Callable[[float], bool], high: float, *, ratio: float, precision: float) -> float:
-    """The least number for which something holds that holds for all above it, from above, to a relative precision."""
-    low = high / ratio
-    while holds(low):
-        high, low = low, low / ratio
+        at_high = value(high)
+    turns = 0
     while high / low > precision:
-        middle = math.sqrt(high * low)
-        high, low = (middle, low) if holds(middle) else (high, middle)
+        turns += 1
+        middle = math.sqrt(low * high)
+        if turns < _MOST_LINES and at_high > 0 and math.isfinite(at_low):
+            share = math.log(at_low / target) / math.log(at_low / at_high)
+            crossing = low * (high / low) ** share
+            # A hair beside it, towards the end that is farther away, so that both ends come close.
+            beside = crossing * precision ** (0.4 if high / crossing > crossing / low else -0.4)
+            middle = beside if low < beside < high else middle
+        at_middle = value(middle)
+        if at_middle <= target:
+            high, at_high = middle, at_middle
+        else:
+            low, at_low = middle, at_middle
     return high
 
 
 def _check_delta(delta: float) -> None:
     if not 0 < delta < 1:
         raise PrivacyError(f"delta = {delta}: must lie between 0 and 1; below 1 by the number of examples is usual")
-
-
-def _require(module: str) -> None:
-    from importlib.util import find_spec
-
-    if find_spec(module) is None:
-        raise PrivacyError(f"privacy cannot be accounted for: {module} is missing; pip install 'caravan[private]'")
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Keep dp-accounting from telling on standard error which orders it leaves out."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def in_figures(value: float) -> str:

@@ -78,7 +78,7 @@ def default_folder() -> Path:
     return Path(place) if place else platformdirs.user_data_path("caravan") / "ledger"
 
 
-def units_of(examples: Iterable[Example], user_column: str | None = None) -> Units:
+def identify(examples: Iterable[Example], user_column: str | None = None) -> Units:
     """Name the units of examples; texts that differ in case or spacing alone are one.
 
     Args:
