@@ -4,7 +4,7 @@ import os
 import pytest
 import torch
 
-from caravan.training.noise import SeededNoise, SystemNoise, gaussians, noised
+from caravan.training.noise import SeededNoise, SystemNoise, gaussians, noised, secret_generator
 
 
 def seeded(seed: int = 0) -> SeededNoise:
@@ -86,3 +86,9 @@ def test_noise_is_added_to_every_number_and_keeps_shape_and_type():
 def test_without_deviation_nothing_is_drawn():
     total = torch.ones(3)
     assert noised(total, 0.0, None) is total  # type: ignore[arg-type]
+
+
+def test_a_generator_for_dropout_has_a_seed_of_53_bits_from_the_source():
+    first, second = secret_generator(seeded(4)), secret_generator(seeded(4))
+    assert first.initial_seed() == second.initial_seed() == int(seeded(4).uniforms(1) * 2**53)
+    assert secret_generator(SystemNoise()).initial_seed() != secret_generator(SystemNoise()).initial_seed()

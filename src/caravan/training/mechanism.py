@@ -8,7 +8,7 @@ from torch import Tensor
 
 from caravan.data.records import Example
 from caravan.training.clipping import by_unit, clip_weights, example_factors, joint_norms, weighted_sums
-from caravan.training.noise import noised
+from caravan.training.noise import noised, secret_generator
 from caravan.training.private import COUNT_NOISE, PrivateSteps, StepReport, sum_noise
 from caravan.training.sampling import draw, physical_batches, sampling_rate, steps_per_epoch, units_of
 from caravan.training.steps import Batches, Work
@@ -43,11 +43,20 @@ class NoisedSteps:
         return [physical_batches(units, lengths, self.work.batch_size) for units in drawn]
 
     def gradients(self, batches: Batches, dropout: torch.Generator) -> float | None:
-        """Set `grad` to the noised sum of clipped gradients over the expected number of units."""
-        private, clip = self.private, self.private.clip
+        """Set `grad` to the noised sum of clipped gradients over the expected number of units.
+
+        Args:
+            batches: examples of the units drawn.
+            dropout: not used, as its seed is known: see `secret_generator`.
+
+        Returns:
+            The mean loss of the examples, or None without any.
+        """
+        del dropout
+        private, clip, masks = self.private, self.private.clip, secret_generator(self.private.source)
         total = _Total(self.work)
         norms = [
-            total.add(batch, dropout, clip=clip, units=[self.unit_of[number] for number in batch]) for batch in batches
+            total.add(batch, masks, clip=clip, units=[self.unit_of[number] for number in batch]) for batch in batches
         ]
         drawn, inside = sum(map(len, norms)), sum(int((each <= clip).sum()) for each in norms)
         total.write(self.multiplier * clip, self.expected, private)

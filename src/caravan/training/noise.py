@@ -48,6 +48,15 @@ class SeededNoise:
         return torch.rand(count, generator=self.generator, dtype=torch.float64)
 
 
+def secret_generator(source: NoiseSource) -> torch.Generator:
+    """Make a generator for what is dropped in a private step, from a seed that nobody else knows.
+
+    Were the masks known, one example more would shift those of all after it, and with them gradients that the account
+    takes as unchanged. Drawn in secret and independently they are the same in distribution whoever else is there.
+    """
+    return torch.Generator().manual_seed(int(source.uniforms(1) * 2**53))
+
+
 def gaussians(count: int, std: float, source: NoiseSource) -> Tensor:
     """Draw independent numbers from N(0, std²), float64 (count,).
 

@@ -39,7 +39,10 @@ def units_of(examples: Sequence[Example], config: PrivacyConfig) -> list[list[in
 
 
 def sampling_rate(units: int, batch: int) -> float:
-    """Give the probability with which each of `units` is in a step that is to see `batch` on average."""
+    """Give the probability with which each of `units` is in a step that is to see `batch` on average.
+
+    The number of units counts as public here and in `steps_per_epoch`: only whose they are is protected.
+    """
     return min(1.0, batch / units)
 
 
