@@ -122,7 +122,7 @@ def audit(
     exit code 1, is a fault but for one chance in 20.
 
     caravan privacy audit
-    caravan privacy audit --repeats 20 --epsilon 2 --set privacy.mode=dp-sgd-adaptive --json
+    caravan privacy audit --repeats 20 --set privacy.clip=8 --json
     """
     settings = build_config(config, setting, {})
     from caravan.app.auditing import attack
