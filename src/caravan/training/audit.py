@@ -9,7 +9,7 @@ other while a single one could turn it.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from caravan.training.features import FeatureStore
 from caravan.training.inputs import Inputs, TokenInputs, VectorInputs
 from caravan.training.noise import NoiseSource
 from caravan.training.one_run import Audit, count_correct, guesses_of
+from caravan.training.optimizer import rate_factor
 from caravan.training.private import PrivateSteps
 from caravan.training.progress import Report
 from caravan.training.sampling import sampling_rate, steps_per_epoch, units_of
@@ -34,6 +35,11 @@ from caravan.training.trainer import Stage, fit, trained_parameters
 CANARIES = 1000  # fewer prove less: with 300, a mechanism without any noise shows an epsilon of 3, with these of 4
 _LOUD = 20.0  # norm of a canary's gradient over the clip: clipping left out must show
 _UNSURE = 0.2  # spread of the logits at the start; with 0.5 canaries reach into each other's rows, and guesses go wrong
+_QUIET = 0.01  # scale of a head whose own gradients are to be small beside the adapter's
+_STEEP = 10.0  # there: length of a row's numbers, times scale, over the clip; gradients are about twice that
+_TRUST = 0.25  # how much of the noise the attacker reckons with when he untangles gradients; with less he would find
+# less of what there is where there is noise, with more where there is none
+_RATE = 1e-3  # of learning, over the squared clip: low enough that weights and gradients stay what they are
 
 
 def audit_mechanism(
@@ -53,10 +59,12 @@ def audit_mechanism(
 ) -> Audit:
     """Attack `fit` with canaries whose gradients are known, and see what the released sums say of them.
 
-    Each canary is gold for a document of its own, so that their gradients hardly overlap, and 20 times louder than the
-    clip. Those whose coin says so are trained on with `fit`, all of them in every step, with plain SGD at a rate so
-    low that the weights hardly move: what the weights changed by is then the sum of what the steps released. Its
-    product with each canary's gradient, which the attacker computes by himself, is the canary's score.
+    Each canary is gold for a document of its own, and its gradient is 20 times longer than the clip. Those whose coin
+    says so are trained on with `fit`, all of them in every step, with plain SGD at a rate so low that the weights
+    hardly move: what the weights changed by is then the sum of what the steps released. In the "head" stage the
+    gradients lie each in a row of its own, and a canary's score is the product of its gradient, which the attacker
+    computes by himself, with what was released. In the "adapter" stage nearly all of them is the adapter's, where they
+    overlap: the scores are the coins that fit best to what was released, by least squares with a ridge.
 
     Args:
         backbone: what the canaries are encoded with.
@@ -64,7 +72,8 @@ def audit_mechanism(
         sigma: noise multiplier of a step.
         delta: at which both bounds are given.
         seed: decides coins and texts; must be unknown to the mechanism.
-        stage: "head", or "adapter" to attack the gradients of both.
+        stage: "head", or "adapter" to attack the gradients of a square adapter, of which the canaries' have to fit into
+            memory together.
         steps: how many.
         canaries: how many; a fifth of them is guessed.
         confidence: of the lower bound.
@@ -83,19 +92,18 @@ def audit_mechanism(
             f"an audit with {canaries} canaries shows at most epsilon = {in_figures(audit.ceiling)} and could not "
             f"refute {in_figures(audit.accounted.epsilon)}; take more canaries or a smaller epsilon"
         )
-    chance = torch.Generator().manual_seed(seed)
+    chance, store = torch.Generator().manual_seed(seed), store or FeatureStore()
     units = _loud_canaries(canaries, config, chance)
-    retriever = _unsure_retriever(backbone, [own[0] for own in units], config.clip, chance)
-    before = retriever.trainable_state()
+    attack = _Attack(backbone, [own[0] for own in units], stage, steps, config.clip, store, chance)
     included = torch.rand(canaries, generator=chance) < 0.5
-    private = PrivateSteps(dataclasses.replace(config, batch=canaries), sigma, _unspent, source=source)
     examples = [example for own, inside in zip(units, included.tolist(), strict=True) if inside for example in own]
-    training = _slow_training(steps, config.clip)
-    fit(retriever, examples, stage, training, seed=seed, store=store, report=report, privacy=private)
-    after = retriever.trainable_state()
-    retriever.load_trainable_state(before)
-    released = {name: before[name] - tensor for name, tensor in after.items()}
-    scores = _alignments(retriever, [own[0] for own in units], stage, training, released, store or FeatureStore())
+    private = PrivateSteps(dataclasses.replace(config, batch=canaries), sigma, _unspent, source=source)
+    before = attack.retriever.trainable_state()
+    fit(attack.retriever, examples, stage, attack.training, seed=seed, store=store, report=report, privacy=private)
+    after = attack.retriever.trainable_state()
+    attack.retriever.load_trainable_state(before)
+    released = {name: (before[name] - tensor) / attack.rate for name, tensor in after.items()}
+    scores = attack.aligned(released) if stage == "head" else attack.untangled(released, sigma)
     return dataclasses.replace(audit, correct=count_correct(scores, included, audit.guesses))
 
 
@@ -174,59 +182,89 @@ def _loud_canaries(count: int, config: PrivacyConfig, chance: torch.Generator) -
     ]
 
 
-def _unsure_retriever(
-    backbone: Backbone, canaries: Sequence[Example], clip: float, chance: torch.Generator
-) -> Retriever:
-    """A document a canary, none of them likelier than another: a canary's gradient lies in its own row."""
-    catalogue = Catalogue([Document(example.doc_ids[0], example.text) for example in canaries])
-    head = HeadConfig(hidden=0, scale=_LOUD * clip)
-    rows = torch.randn(len(canaries), backbone.hidden_width, generator=chance) * (_UNSURE / head.scale)
-    return Retriever.start(backbone, catalogue, rows.to(backbone.config.device), head=head)
-
-
-def _slow_training(steps: int, clip: float) -> TrainingConfig:
-    plain = {"epochs": steps, "weight_decay": 0.0, "label_smoothing": 0.0, "dropout": 0.0}
-    rate = 1e-3 / clip**2  # a step is at most so long times the clip, and changes logits by 20 clips times that
-    return TrainingConfig(
-        head=HeadStageConfig(learning_rate=rate, **plain),
-        adapter=AdapterStageConfig(learning_rate=rate, head_learning_rate=rate, token_dropout=0.0, **plain),
-        optimizer="sgd",
-        warmup=0.0,
-        precision="float32",
-    )
-
-
 def _unspent(steps: int) -> None:
     """Canaries are nobody's: there is no budget to spend."""
 
 
-def _alignments(
-    retriever: Retriever,
-    canaries: Sequence[Example],
-    stage: Stage,
-    config: TrainingConfig,
-    released: dict[str, Tensor],
-    store: FeatureStore,
-) -> Tensor:
-    """Products of each canary's gradient with what was released, float64 (m,), by a backward pass for each."""
-    encoder, texts = retriever.encoder, [example.text for example in canaries]
-    inputs: Inputs = (
-        VectorInputs(store.encode(encoder, texts)) if stage == "head" else TokenInputs(encoder, texts, config)
-    )
-    parameters = trained_parameters(retriever, stage)
-    along = {name: released[name].to(parameter.device) for name, parameter in parameters.items()}
-    scores = []
-    for number, example in enumerate(canaries):
-        logits = retriever.head(inputs.queries([number]))
-        loss = -logits.log_softmax(dim=1)[0, retriever.catalogue.row(example.doc_ids[0])]
-        gradients = torch.autograd.grad(loss, list(parameters.values()))
-        scores.append(
-            sum(
-                float((gradient * along[name]).sum(dtype=torch.float64))
-                for name, gradient in zip(along, gradients, strict=True)
-            )
+class _Attack:
+    """What the attacker of one mechanism knows and makes: m canaries, and a retriever of which a step tells most.
+
+    Attributes:
+        retriever: one document a canary.
+        training: plain SGD that hardly moves.
+        rate: by which a constant gradient is multiplied in the whole training.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        canaries: Sequence[Example],
+        stage: Stage,
+        steps: int,
+        clip: float,
+        store: FeatureStore,
+        chance: torch.Generator,
+    ) -> None:
+        self.canaries, self.steps, self.clip = canaries, steps, clip
+        self.stage: Stage = stage
+        self.texts = [example.text for example in canaries]
+        head = HeadConfig(hidden=0, scale=_LOUD * clip if stage == "head" else _QUIET)
+        rows = torch.randn(len(canaries), backbone.hidden_width, generator=chance).to(backbone.config.device)
+        catalogue = Catalogue([Document(example.doc_ids[0], example.text) for example in canaries])
+        self.retriever = Retriever.start(backbone, catalogue, rows, head=head)
+        self.vectors = store.encode(self.retriever.encoder, self.texts)
+        with torch.no_grad():
+            if stage == "adapter":  # what all vectors share would be in all scores, and make the scale's gradient long
+                shared = self.vectors.mean(dim=0) / self.vectors.mean(dim=0).norm()
+                rows -= torch.outer(rows @ shared, shared)
+            self.retriever.head.rows.copy_(rows * ((_UNSURE if stage == "head" else _STEEP * clip) / head.scale))
+        rate = _RATE / clip**2
+        plain = {"epochs": steps, "weight_decay": 0.0, "label_smoothing": 0.0, "dropout": 0.0}
+        self.training = TrainingConfig(
+            head=HeadStageConfig(learning_rate=rate, **plain),
+            adapter=AdapterStageConfig(learning_rate=rate, head_learning_rate=rate, token_dropout=0.0, **plain),
+            optimizer="sgd",
+            warmup=0.0,
+            precision="float32",
         )
-    return torch.tensor(scores, dtype=torch.float64)
+        self.rate = rate * sum(rate_factor(step, steps, 0.0) for step in range(steps))
+
+    def aligned(self, released: Mapping[str, Tensor]) -> Tensor:
+        """Products of each canary's gradient with what was released, float64 (m,)."""
+        products = [
+            [(gradient * released[name].to(gradient.device)).sum(dtype=torch.float64) for name, gradient in own.items()]
+            for own in self._gradients()
+        ]
+        return torch.tensor([sum(map(float, own)) for own in products], dtype=torch.float64)
+
+    def untangled(self, released: Mapping[str, Tensor], sigma: float) -> Tensor:
+        """Least-squares coins of the canaries, float64 (m,), from the adapter's part of what was released."""
+        clipped = []
+        for own in self._gradients():
+            norm = torch.stack([gradient.norm() for gradient in own.values()]).norm()
+            clipped.append(_adapter_part(own) * (self.clip / norm).clamp_max(1))
+        matrix = torch.stack(clipped)
+        surprise = _adapter_part(released) * (len(matrix) / 2) - matrix.sum(dim=0) / 2  # half of them took part
+        ridge = (_TRUST * sigma * self.clip) ** 2 / self.steps
+        inner = matrix @ matrix.T / 4 + ridge * torch.eye(len(matrix), dtype=torch.float64)
+        return torch.linalg.solve(inner, matrix @ surprise)
+
+    def _gradients(self) -> Iterator[dict[str, Tensor]]:
+        """Of each canary at the start, by name, from a backward pass of its own."""
+        parameters = trained_parameters(self.retriever, self.stage)
+        encoder = self.retriever.encoder
+        inputs: Inputs = (
+            VectorInputs(self.vectors) if self.stage == "head" else TokenInputs(encoder, self.texts, self.training)
+        )
+        for number, example in enumerate(self.canaries):
+            logits = self.retriever.head(inputs.queries([number]))
+            loss = -logits.log_softmax(dim=1)[0, self.retriever.catalogue.row(example.doc_ids[0])]
+            yield dict(zip(parameters, torch.autograd.grad(loss, list(parameters.values())), strict=True))
+
+
+def _adapter_part(tensors: Mapping[str, Tensor]) -> Tensor:
+    """All of the adapter's numbers in a row, float64."""
+    return torch.cat([each.flatten().cpu().double() for name, each in tensors.items() if name.startswith("adapter.")])
 
 
 @torch.no_grad()
