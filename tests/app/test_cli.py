@@ -92,7 +92,10 @@ def test_the_commands_are_those_of_the_manual():
     ]
     assert list(TREE.commands) == names
     groups = {name: list(commands) for name, commands in GROUPS.items()}
-    assert groups == {"federate": ["init", "server", "client", "submit", "status"], "privacy": ["plan", "ledger"]}
+    assert groups == {
+        "federate": ["init", "server", "client", "submit", "status"],
+        "privacy": ["plan", "ledger", "audit"],
+    }
 
 
 @pytest.mark.parametrize("name", COMMANDS)

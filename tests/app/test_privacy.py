@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 
 from caravan.data.records import Example
+from caravan.training import mechanism
 from caravan.training.accounting import Mechanism, epsilon
 from caravan.training.ledger import Ledger, identify
-from command_line import check_refused, listing, run
+from command_line import Workshop, check_refused, listing, run
 
 PLAN = ("privacy", "plan", "--examples", "1000", "--epochs", "2", "--batch", "100")
 SPENT = Mechanism(0.1, 2.0, 20)
+AUDIT = ("privacy", "audit", "--epsilon", "2", "--canaries", "300")
 
 
 def only_json(*arguments: object) -> Any:
@@ -69,6 +71,11 @@ def test_an_accountant_without_an_answer_says_so():
         ((*PLAN, "--epsilon", "0"), "epsilon = 0.0", 1),
         ((*PLAN, "--epsilon", "1", "--delta", "2"), "delta = 2.0", 1),
         ((*PLAN, "--epsilon", "1", "--documents", "3", "--adapter", "wide"), "adapter.kind", 1),
+        (("privacy", "audit", "--epsilon", "8"), "could not refute", 1),
+        (("privacy", "audit", "--epsilon", "-1"), "epsilon = -1.0", 1),
+        (("privacy", "audit", "--delta", "0"), "delta = 0.0", 1),
+        (("privacy", "audit", "--set", "privacy.mode=paper"), "promises nothing", 1),
+        (("privacy", "audit", "--repeats", "0"), "--repeats", 2),
         (("privacy", "ledger", "--folder", "nowhere"), "nowhere: there is no privacy ledger", 1),
     ],
 )
@@ -105,3 +112,27 @@ def test_a_ledger_that_was_changed_is_not_shown(ledger: Ledger, here: Path):
     place = here / "ledger/ledger.jsonl"
     place.write_bytes(place.read_bytes().replace(b'"steps": 20', b'"steps": 10'))
     check_refused(run("privacy", "ledger"), "ledger.jsonl: was changed")
+
+
+def test_an_audit_is_printed_with_both_bounds(workshop: Workshop):
+    outcome = run(*AUDIT, "--repeats", "2", "--set", f"backbone.name={workshop.backbone}", "--set", "privacy.clip=2")
+    assert (outcome.code, outcome.err) == (0, ""), outcome
+    lines = [" ".join(line.split()) for line in outcome.out.splitlines()]
+    assert "mechanism dp-sgd, unit example, clip 2" in lines
+    assert "attacks 2, each with 300 canaries and 60 guesses" in lines
+    assert "passed 2 of 2" in lines
+    (accounted,) = (line for line in lines if line.startswith("accounted"))
+    assert accounted.endswith("at delta = 1e-05 (PLD)")
+
+
+def test_an_audit_that_fails_says_so_by_its_exit_code(workshop: Workshop, monkeypatch: pytest.MonkeyPatch):
+    backbone = ("--set", f"backbone.name={workshop.backbone}")
+    honest = only_json(*AUDIT, *backbone)
+    assert honest["passed"] is honest["audits"][0]["passed"] is True
+    assert honest["audits"][0]["lower_bound"] <= honest["accounted"]["epsilon"] <= 2
+    monkeypatch.setattr(mechanism, "noised", lambda total, std, source: total)
+    outcome = run(*AUDIT, *backbone, "--json")
+    assert (outcome.code, outcome.err) == (1, "")
+    broken = json.loads(outcome.out)
+    assert broken["passed"] is False
+    assert broken["audits"][0]["lower_bound"] > 2

@@ -137,6 +137,15 @@ def test_blocks_in_bfloat16_give_gradients_that_match_those_of_autograd_through_
         torch.testing.assert_close(total, expected[name], rtol=1e-4, atol=1e-5)
 
 
+def test_activations_that_are_computed_again_change_nothing(named):
+    retriever = moved(named("llama, mean"), "full", 0)
+    _, factors = traced_factors(retriever)
+    inputs = TokenInputs(retriever.encoder, TEXTS, toy_config(activation_checkpointing=True))
+    _, again = example_factors(retriever, inputs.traced(range(5)), losses_of)
+    inputs.close()
+    torch.testing.assert_close(joint_norms(again), joint_norms(factors), rtol=1e-5, atol=0)
+
+
 def test_dropout_leaves_the_same_out_as_without_privacy(named):
     retriever = moved(named("llama, last"), "core", 0)
     inputs = TokenInputs(retriever.encoder, TEXTS, toy_config(dropout=0.3, token_dropout=0.5))

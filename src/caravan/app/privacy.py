@@ -1,24 +1,26 @@
-"""The commands about privacy: `caravan privacy plan` and `ledger`."""
+"""The commands about privacy: `caravan privacy plan`, `ledger` and `audit`."""
 
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from caravan.app.command import Config, Json, Set, print_json
+from caravan.app.command import Config, Json, Set, print_json, work
 from caravan.app.options import build_config
 
 if TYPE_CHECKING:
+    from caravan.app.auditing import Verdict
     from caravan.app.planning import Plan
     from caravan.training.ledger import Entry, Ledger
 
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="rich",
-    help="""Plan a training with differential privacy, and see what data has been used for.
+    help="""Plan a training with differential privacy, see what data has been used for, and attack the mechanism.
 
     caravan privacy plan --examples 4472 --epochs 10 --batch 512 --epsilon 3
     caravan privacy ledger
+    caravan privacy audit --repeats 20
 """,
 )
 
@@ -101,6 +103,56 @@ def ledger(
         print_json({"folder": str(place), "data_sets": found})
     else:
         _print_ledger(str(place), found)
+
+
+@app.command()
+def audit(
+    epsilon: Annotated[float, typer.Option(help="Of the step that is attacked, by the accountant.")] = 3.0,
+    delta: Annotated[float, typer.Option(help="Chance of failure.")] = 1e-5,
+    repeats: Annotated[int, typer.Option(min=1, help="How many attacks.")] = 1,
+    canaries: Annotated[int, typer.Option(min=2, help="Of each attack; more can show more.")] = 1000,
+    config: Config = None,
+    setting: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Attack one step of private training: what the attack proves must stay below the accounted epsilon.
+
+    Canaries of known gradients, far louder than the clip, are trained on or not by the toss of a coin, and the coins
+    are guessed from what the weights changed by. To pass proves nothing but that there is no gross fault; to fail, with
+    exit code 1, is a fault but for one chance in 20.
+
+    caravan privacy audit
+    caravan privacy audit --repeats 20 --set privacy.clip=8 --json
+    """
+    settings = build_config(config, setting, {})
+    from caravan.app.auditing import attack
+
+    with work(as_json) as bars:
+        verdict = attack(settings, epsilon, delta=delta, repeats=repeats, canaries=canaries, report=bars)
+    if as_json:
+        print_json(verdict.to_dict())
+    else:
+        _print_verdict(verdict)
+    if verdict.passed < len(verdict.audits):
+        raise typer.Exit(1)
+
+
+def _print_verdict(verdict: "Verdict") -> None:
+    from caravan.app.display import print_facts
+
+    first = verdict.audits[0]
+    bounds = sorted(audit.lower_bound for audit in verdict.audits)
+    print_facts(
+        {
+            "mechanism": f"{verdict.privacy.mode}, unit {verdict.privacy.unit}, clip {verdict.privacy.clip:g}",
+            "sigma": verdict.sigma,
+            "accounted": str(verdict.accounted),
+            "attacks": f"{len(bounds)}, each with {first.canaries:,} canaries and {first.guesses:,} guesses",
+            "lower bound": f"{bounds[0]:.2f} to {bounds[-1]:.2f}, each with confidence {first.confidence:.4g}",
+            "could have shown": f"{first.ceiling:.2f}",
+            "passed": f"{verdict.passed} of {len(bounds)}",
+        }
+    )
 
 
 def _print_plan(made: "Plan") -> None:
