@@ -229,3 +229,17 @@ def test_changes_by_dotted_key_make_sections_and_leave_the_original_alone():
 def test_a_change_through_a_value_is_refused():
     with pytest.raises(ConfigError, match=r"training.mode.fast: mode is a value, not a section"):
         changed({"training": {"mode": "head"}}, {"training.mode.fast": True})
+
+
+def test_noise_changes_the_defaults_of_what_is_left_out_and_nothing_that_is_set():
+    plain = config_from_dict({"privacy": {"mode": "none"}})
+    noised = config_from_dict({"privacy": {"mode": "dp-sgd", "epsilon": 3.0}, "training": {"head": {"dropout": 0.3}}})
+    assert plain == Config()
+    assert (noised.head.hidden, noised.training.head.learning_rate) == (0, 3e-2)
+    assert noised.training.head.dropout == 0.3
+    assert config_from_dict(noised.to_dict()) == noised  # what is saved is what was trained with
+
+
+def test_noised_defaults_do_not_hide_a_fault():
+    with pytest.raises(ConfigError, match="training"):
+        config_from_dict({"privacy": {"mode": "dp-sgd"}, "training": 3})

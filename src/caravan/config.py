@@ -192,7 +192,9 @@ class DeploymentConfig:
 class PrivacyConfig:
     """What training may reveal about one query, or about all of one user's (`[privacy]`)."""
 
-    mode: Literal["none", "dp-sgd", "dp-sgd-adaptive", "paper"] = "none"  # a guarantee costs accuracy: ask for it
+    mode: Literal["none", "dp-sgd", "dp-sgd-adaptive", "paper", "client-level"] = (
+        "none"  # it costs accuracy: ask for it
+    )
     # One of these two says how much noise there is.
     epsilon: PositiveFloat | None = None  # of this training as a whole, both stages: what most people can reason about
     noise_multiplier: NonNegativeFloat | None = None  # sigma, instead of epsilon: noise over clip, on the sum
@@ -242,21 +244,50 @@ class Config:
 
 _ADAPTER = TypeAdapter(Config)
 
+# What noise on single steps asks for, unless it is set: chosen on validation queries (docs/privacy.md).
+_NOISED_MODES = ("dp-sgd", "dp-sgd-adaptive")
+_NOISED = {
+    "head.hidden": 0,  # every number that is trained gets noise, and the pre-classifier has most of them
+    "training.head.learning_rate": 3e-2,  # clipped gradients are small
+    "training.head.dropout": 0.0,  # noise is against learning by heart already
+    "training.head.label_smoothing": 0.0,
+}
+
 
 def config_from_dict(values: Mapping[str, Any], *, source: str = "the settings") -> Config:
     """Check nested plain values and make a `Config` of them.
+
+    Where `privacy.mode` is "dp-sgd" or "dp-sgd-adaptive", some settings that are left out have other defaults than
+    those of `Config`: those that noise asks for.
 
     Raises:
         ConfigError: a key is unknown or a value is not allowed; all such faults are named in one line.
     """
     try:
-        config = _ADAPTER.validate_python(values)
+        config = _ADAPTER.validate_python(_with_noised_defaults(values))
     except ValidationError as error:
         faults = "; ".join(_describe(fault) for fault in error.errors())
         raise ConfigError(f"{source}: {faults}") from None
     if config.federation.partition == "column" and not config.federation.column:
         raise ConfigError(f'{source}: federation.partition = "column" needs federation.column, the name of the column')
     return config
+
+
+def _with_noised_defaults(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    privacy = values.get("privacy")
+    if not isinstance(privacy, Mapping) or cast(Mapping[str, Any], privacy).get("mode") not in _NOISED_MODES:
+        return values
+    missing = {}
+    for key, value in _NOISED.items():
+        section: Any = values
+        for name in key.split("."):
+            section = cast(Mapping[str, Any], section).get(name) if isinstance(section, Mapping) else None
+        if section is None:
+            missing[key] = value
+    try:
+        return changed(values, missing)
+    except ConfigError:  # a section is a plain value: the checks below tell it as they tell the like elsewhere
+        return values
 
 
 def read_config(path: str | Path) -> Config:

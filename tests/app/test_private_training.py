@@ -145,3 +145,24 @@ def test_the_papers_mode_is_called_what_it_is(settings, prepare, ledger_folder):
     assert [(mechanism.noise_multiplier, mechanism.steps) for mechanism in mechanisms(ledger_folder)] == [(0.0, 18)]
     with pytest.raises(PrivacyError, match="infinity"):
         prepare(private(settings(mode="head", epochs=1), epsilon_cap=100.0)).run()
+
+
+def client_level(config, **settings):
+    return replace(config, privacy=PrivacyConfig(**{"mode": "client-level", "noise_multiplier": 0.1, **settings}))
+
+
+def test_whole_clients_are_hidden_by_noise_of_the_servers(settings, prepare, ledger_folder):
+    federation = {"partition": "column", "column": "site", "rounds": 2}
+    config = settings(mode="adapter", epochs=2, federation=federation)
+    first, second = (prepare(client_level(config)).run() for _ in range(2))
+    assert differ(first.trainable_state(), second.trainable_state())
+    assert "for each client as a whole" in first.record["privacy"]
+    assert "4 rounds" in first.record["privacy"]  # two of each stage
+    assert first.record["guarantees"]["clients"]["epsilon"] > 1
+    assert not ledger_folder.exists()
+
+
+@pytest.mark.parametrize("federation", [{}, {"clients": 5, "strategy": "median"}, {"clients": 2, "codec": "int8"}])
+def test_whole_clients_are_hidden_in_an_average_of_clients_alone(settings, prepare, federation):
+    with pytest.raises(ConfigError, match="client-level"):
+        prepare(client_level(settings(mode="head", federation=federation)))

@@ -127,6 +127,9 @@ def train(
             help="The server sees the sum of the clients' updates alone; needs federation.max_examples.",
         ),
     ] = None,
+    epsilon: Annotated[
+        float | None, typer.Option(help="Train with differential privacy for each query: this epsilon in all.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same result.")] = None,
     documents: Annotated[
         str | None, typer.Option(metavar="FILE", help="Documents: doc_id, text, perhaps title, metadata.")
@@ -150,6 +153,7 @@ def train(
     caravan train helpdesk -o my-retriever
     caravan train faq.csv --test held-out.csv -o faq-retriever --mode head
     caravan train helpdesk -o sites --partition-by site --rounds 5
+    caravan train faq.csv -o private --mode head --epsilon 3
     caravan train --print-config > caravan.toml
     caravan train -c caravan.toml -o my-retriever --set training.adapter.epochs=8
     """
@@ -183,6 +187,8 @@ def train(
             "federation.clients_per_round": clients_per_round,
             "federation.strategy": strategy,
             "federation.secure_aggregation": secure_aggregation,
+            "privacy.mode": None if epsilon is None else "dp-sgd",
+            "privacy.epsilon": epsilon,
             "evaluation.baselines": baselines,
         },
         last_stage={"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate},

@@ -68,9 +68,12 @@ class Coordination(Experiment):
 
     def _plan_privacy(self) -> dict[str, Budget]:
         """Every node plans for its own queries; the server sees to the settings that are its."""
-        if self.config.privacy.mode != "none":
-            check_private(self.config)
+        check_private(self.config)
         return {}
+
+    @property
+    def _client_count(self) -> int:
+        return len(self.nodes)
 
     def _run_rounds(self, stage: Stage, standing: Standing, rounds: int, strategy: Strategy, on_round: OnRound) -> None:
         encoder = Encoder(self.backbone, IdentityAdapter(self.backbone.embedding_width))

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from caravan.config import Config
 from caravan.data.records import Example
 from caravan.errors import ConfigError, PrivacyError
+from caravan.federation.central_noise import CentralNoise
 from caravan.training.budget import Budget
 from caravan.training.trainer import Stage
 
@@ -19,15 +20,15 @@ def plan_privacy(config: Config, owners: Mapping[str, Sequence[Example]], stages
         stages: what is trained.
 
     Returns:
-        Budgets by name; none where `privacy.mode` is "none".
+        Budgets by name; none where the clients' own steps are not private.
 
     Raises:
         ConfigError: a setting outside of `[privacy]` would show what privacy is to hide.
         PrivacyError: see `Budget`; with several owners, the message begins with the name of the one it is about.
     """
-    if config.privacy.mode == "none":
-        return {}
     check_private(config)
+    if not steps_are_private(config):
+        return {}
     run = secrets.token_hex(8) if len(owners) > 1 else ""
     budgets = {}
     for owner, examples in owners.items():
@@ -58,14 +59,47 @@ def make_budget(
     )
 
 
+def steps_are_private(config: Config) -> bool:
+    """Whether each owner's own steps are clipped and noised, not only what a server makes of them."""
+    return config.privacy.mode not in ("none", "client-level")
+
+
+def plan_central_noise(config: Config, clients: int, stages: Sequence[Stage]) -> CentralNoise | None:
+    """Plan what the server adds, in mode "client-level"; None in any other.
+
+    Args:
+        config: all settings.
+        clients: how many there are, 0 for central training.
+        stages: what is trained.
+
+    Raises:
+        ConfigError: there are no clients, or the updates are not averaged in the clear.
+        PrivacyError: see `CentralNoise`.
+    """
+    if config.privacy.mode != "client-level":
+        return None
+    federation = config.federation
+    if not clients:
+        raise ConfigError('privacy.mode = "client-level" hides whole clients and needs some; set federation.clients')
+    if federation.strategy not in ("fedavg", "fedprox") or federation.secure_aggregation or federation.codec != "none":
+        raise ConfigError(
+            'privacy.mode = "client-level" clips each update and averages: it needs federation.strategy = "fedavg" or '
+            '"fedprox", no secure_aggregation and codec = "none"'
+        )
+    rounds = sum(min(federation.rounds, getattr(config.training, stage).epochs) for stage in stages)
+    return CentralNoise(config.privacy, clients, rounds, min(federation.clients_per_round or clients, clients))
+
+
 def check_private(config: Config) -> None:
-    """Refuse settings that would show what privacy is to hide.
+    """Refuse settings that would show what privacy is to hide, if any is asked for.
 
     Raises:
         ConfigError: the start pools queries, head rows are sent sparsely or averaged by who trained them, or a round is
             chosen by validation queries that are not public.
     """
     federation = config.federation
+    if config.privacy.mode == "none":
+        return
     if config.head.start == "centroids":
         raise ConfigError(
             'head.start = "centroids" is made of training queries; set it to "documents" or "auto" to train privately'

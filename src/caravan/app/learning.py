@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from caravan.app.comparison import rank_queries
-from caravan.app.guarantee import plan_privacy
+from caravan.app.guarantee import plan_central_noise, plan_privacy, steps_are_private
 from caravan.app.record import training_record
 from caravan.app.standing import Standing
 from caravan.app.start import starting_rows
@@ -86,6 +86,7 @@ class Experiment:
         self.shards = self._deal()
         self.passages = document_passages(dataset.catalogue, self.config.training.passages)
         self.budgets = self._plan_privacy()
+        self.central_noise = plan_central_noise(self.config, self._client_count, self.stages)
         self.backbone = backbone or load_backbone(self.config.backbone, seed=self.config.seed)
         if resume:
             self._check_snapshots()
@@ -138,6 +139,7 @@ class Experiment:
             history=history,
             seconds=seconds,
             budgets=self.budgets,
+            central_noise=self.central_noise,
         )
         if self.federated:
             federation = {"clients": self._clients(rounds), "rounds": rounds, "kept_rounds": kept}
@@ -159,6 +161,10 @@ class Experiment:
         check_settings(self.config.federation, len(shards))
         return shards
 
+    @property
+    def _client_count(self) -> int:
+        return len(self.shards)
+
     def _plan_privacy(self) -> dict[str, Budget]:
         """The owners' budgets, none without privacy."""
         owners = {shard.name: shard.examples for shard in self.shards} or {"": self.dataset.train}
@@ -173,8 +179,7 @@ class Experiment:
     def _start_publicly(self, stage: Stage) -> None:
         """Train a private training's stage on passages first: documents are public, and cost no privacy."""
         snapshots = self._snapshots(stage)
-        private = self.config.privacy.mode != "none"
-        if private and (snapshots is None or snapshots.load() is None):
+        if steps_are_private(self.config) and (snapshots is None or snapshots.load() is None):
             start_on_passages(
                 self.retriever,
                 self.passages,
@@ -237,7 +242,7 @@ class Experiment:
         snapshot = snapshots.load() if snapshots is not None else None
         if snapshot is not None:
             standing = Standing.from_snapshot(snapshot)
-        strategy = Strategy(federation)
+        strategy = Strategy(federation, self.central_noise)
         strategy.restore(standing.server)
 
         def on_round(report: RoundReport, averaged: dict[str, Tensor]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from caravan.app.deployment import Deployment
-from caravan.app.guarantee import check_private, make_budget
+from caravan.app.guarantee import check_private, make_budget, steps_are_private
 from caravan.config import Config
 from caravan.data.catalogue import Catalogue
 from caravan.data.dataset import Dataset
@@ -89,9 +89,9 @@ def _work(own: Mapping[str, Any], words: Mapping[str, Any], received: dict[str, 
 
 def _budget(config: Config, examples: Sequence[Example], order: Order) -> Budget | None:
     """The node's budget, planned over both stages of the training, of which this is a round of one."""
-    if config.privacy.mode == "none":
-        return None
     check_private(config)
+    if not steps_are_private(config):
+        return None
     stages: tuple[Stage, ...] = ("head", "adapter") if config.training.mode == "adapter" else ("head",)
     if order.stage not in stages:
         raise FederationError("the server asks for a stage that its own settings leave out; install the same caravan")

@@ -7,7 +7,8 @@ from typing import Any
 
 from caravan.config import Config
 from caravan.data.dataset import Dataset
-from caravan.training.budget import Budget
+from caravan.federation.central_noise import CentralNoise
+from caravan.training.budget import Budget, as_values
 
 _VERSIONS = ("caravan", "torch", "transformers", "safetensors", "flwr")
 _NO_PRIVACY = (
@@ -29,6 +30,7 @@ def training_record(
     history: Sequence[Mapping[str, Any]],
     seconds: float,
     budgets: Mapping[str, Budget],
+    central_noise: CentralNoise | None,
 ) -> dict[str, Any]:
     """Write a training down as plain values.
 
@@ -39,6 +41,7 @@ def training_record(
         history: one record an epoch; none of a federated training.
         seconds: of training.
         budgets: by owner, of a private training; none of another.
+        central_noise: what the server added, in mode "client-level".
     """
     sizes = {"train": len(dataset.train), "validation": len(dataset.validation), "test": len(dataset.test)}
     record = {
@@ -54,8 +57,10 @@ def training_record(
         "seed": config.seed,
         "seconds": round(seconds, 3),
         "versions": {"python": platform.python_version(), **_installed(_VERSIONS)},
-        "privacy": _statement(config, budgets),
+        "privacy": _statement(config, budgets) if central_noise is None else central_noise.statement(),
     }
+    if central_noise is not None:
+        record["guarantees"] = {"clients": as_values(central_noise.guarantee)}
     if budgets:
         record["guarantees"] = {owner or "all": budget.facts() for owner, budget in budgets.items()}
     return record

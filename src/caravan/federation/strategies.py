@@ -8,6 +8,7 @@ from torch import Tensor
 
 from caravan.config import FederationConfig
 from caravan.errors import FederationError
+from caravan.federation.central_noise import CentralNoise
 from caravan.federation.quorum import safe_selection
 from caravan.federation.rounds import Update, average
 
@@ -37,10 +38,11 @@ class Strategy:
 
     Attributes:
         settings: of the federation.
+        noise: makes the average private for each client as a whole; only for averages.
     """
 
-    def __init__(self, settings: FederationConfig) -> None:
-        self.settings = settings
+    def __init__(self, settings: FederationConfig, noise: CentralNoise | None = None) -> None:
+        self.settings, self.noise = settings, noise
         self._state: dict[str, Tensor] = {}
 
     def combine(self, number: int, updates: Iterable[Update], reference: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -59,7 +61,9 @@ class Strategy:
             FederationError: a result is not finite.
         """
         trained_from = reference if self.settings.rows == "trained" else None
-        if self.settings.strategy in _AVERAGES:
+        if self.noise is not None:
+            combined = self.noise.mean(updates, reference)
+        elif self.settings.strategy in _AVERAGES:
             combined = average(updates, trained_from=trained_from)
         elif self.settings.strategy in _OPTIMIZERS:
             combined = self._optimize(number, average(updates, trained_from=trained_from), reference)
