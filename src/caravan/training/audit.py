@@ -3,9 +3,10 @@
 A canary is a unit that is trained on or not, by the toss of a coin. Who guesses the coins of many canaries of one
 training too well proves that it is less private than is said (Steinke, Nasr, Jagielski 2023, arXiv:2305.08846). The
 bound is far from tight, so an audit that passes proves nothing: it finds gross faults. What it cannot see: noise or
-clipping that is wrong by a small factor, sampling that is not Poisson (the canaries of `audit_mechanism` are in every
-step), adapter and head clipped apart, and a step whose whole sum is clipped, so that hundreds of canaries drown each
-other while a single one could turn it.
+clipping that is wrong by a small factor; sampling that is not Poisson, as the canaries of `audit_mechanism` are in
+every step; adapter and head clipped apart; and clipping of a step's whole sum, where hundreds of canaries drown each
+other while a single one could turn it. The mean clipped as a whole is found in the "head" stage, and mostly missed in
+the "adapter" stage, where the gradients of canaries overlap.
 """
 
 import dataclasses
@@ -37,8 +38,8 @@ _LOUD = 20.0  # norm of a canary's gradient over the clip: clipping left out mus
 _UNSURE = 0.2  # spread of the logits at the start; with 0.5 canaries reach into each other's rows, and guesses go wrong
 _QUIET = 0.01  # scale of a head whose own gradients are to be small beside the adapter's
 _STEEP = 10.0  # there: length of a row's numbers, times scale, over the clip; gradients are about twice that
-_TRUST = 0.25  # how much of the noise the attacker reckons with when he untangles gradients; with less he would find
-# less of what there is where there is noise, with more where there is none
+_TRUST = 0.1  # of the noise that is promised, what the attacker reckons with when he untangles gradients: less than
+# would serve him best where it is there, so that he finds everything where it is not
 _RATE = 1e-3  # of learning, over the squared clip: low enough that weights and gradients stay what they are
 
 
