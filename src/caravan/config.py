@@ -249,8 +249,9 @@ _NOISED_MODES = ("dp-sgd", "dp-sgd-adaptive")
 _NOISED = {
     "head.hidden": 0,  # every number that is trained gets noise, and the pre-classifier has most of them
     "training.head.learning_rate": 3e-2,  # clipped gradients are small
-    "training.head.dropout": 0.0,  # noise is against learning by heart already
-    "training.head.label_smoothing": 0.0,
+    "adapter.kind": "core",  # 1,024 numbers in place of 147,456
+    "training.adapter.learning_rate": 1e-2,
+    "training.adapter.head_learning_rate": 1e-3,
 }
 
 
