@@ -278,7 +278,7 @@ def _with_noised_defaults(values: Mapping[str, Any]) -> Mapping[str, Any]:
     privacy = values.get("privacy")
     if not isinstance(privacy, Mapping) or cast(Mapping[str, Any], privacy).get("mode") not in _NOISED_MODES:
         return values
-    missing = {}
+    missing: dict[str, Any] = {}
     for key, value in _NOISED.items():
         section: Any = values
         for name in key.split("."):

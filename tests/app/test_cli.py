@@ -61,6 +61,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
         "--clients 9 --secure-aggregation",
         {"federation.clients": 9, "federation.secure_aggregation": True},
     ),
+    "--epsilon": ("--epsilon 3", {"privacy.mode": "dp-sgd", "privacy.epsilon": 3.0, "head.hidden": 0}),
     "--strategy": (
         "--clients 9 --strategy trimmed_mean",
         {"federation.clients": 9, "federation.strategy": "trimmed_mean"},
