@@ -5,10 +5,10 @@ import math
 
 import pytest
 
-from caravan.app.planning import default_delta, make_plan, noise_to_signal, trained_numbers
+from caravan.app.planning import make_plan, noise_to_signal, trained_numbers
 from caravan.config import config_from_dict
 from caravan.errors import PrivacyError
-from caravan.training.accounting import Mechanism, epsilon
+from caravan.training.accounting import Mechanism, default_delta, epsilon
 
 
 def test_a_plan_for_an_epsilon_stays_within_it_and_takes_the_steps_of_its_epochs():

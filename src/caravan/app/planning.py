@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from caravan.config import Config
 from caravan.errors import PrivacyError
-from caravan.training.accounting import Guarantee, Mechanism, epsilon, epsilons, in_figures, noise_for
+from caravan.training.accounting import Guarantee, Mechanism, default_delta, epsilon, epsilons, in_figures, noise_for
 
 _MOST_RUNS = 1_000
 _WEAK = 10.0  # e^10: what an attacker sees may be 22,000 times as likely with one example as without it
@@ -83,17 +83,6 @@ def make_plan(
         *_on_settings(mechanism, guarantee, examples, epochs, batch),
     ]
     return Plan(mechanism, guarantee, epsilons([mechanism], delta), numbers, ratio, runs, tuple(advice))
-
-
-def default_delta(units: int) -> float:
-    """Give the chance of failure that is meant where none is said: n^-1.1, less than one unit of all of them.
-
-    Raises:
-        PrivacyError: there is no second unit to be mistaken for.
-    """
-    if units < 2:
-        raise PrivacyError(f"examples = {units}: a single one cannot be hidden among others; give two or more")
-    return units**-1.1
 
 
 def noise_to_signal(mechanism: Mechanism, examples: int, numbers: int) -> float:

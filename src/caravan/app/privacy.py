@@ -178,7 +178,8 @@ def _print_plan(made: "Plan") -> None:
 
 
 def _described(each: "Ledger", entries: "list[Entry]", delta: float | None) -> dict[str, Any]:
-    from caravan.app.planning import default_delta, plain
+    from caravan.app.planning import plain
+    from caravan.training.accounting import default_delta
 
     count = len(each.hashes)
     guarantee = each.guarantee(default_delta(max(count, 2)) if delta is None else delta)

@@ -44,6 +44,7 @@ def training_record(
         central_noise: what the server added, in mode "client-level".
     """
     sizes = {"train": len(dataset.train), "validation": len(dataset.validation), "test": len(dataset.test)}
+    guarantees = {owner: budget.facts() for owner, budget in budgets.items()}
     record = {
         "config": config.to_dict(),
         "dataset": {
@@ -57,28 +58,28 @@ def training_record(
         "seed": config.seed,
         "seconds": round(seconds, 3),
         "versions": {"python": platform.python_version(), **_installed(_VERSIONS)},
-        "privacy": _statement(config, budgets) if central_noise is None else central_noise.statement(),
+        "privacy": _statement(config, budgets, guarantees) if central_noise is None else central_noise.statement(),
     }
     if central_noise is not None:
         record["guarantees"] = {"clients": as_values(central_noise.guarantee)}
     if budgets:
-        record["guarantees"] = {owner or "all": budget.facts() for owner, budget in budgets.items()}
+        record["guarantees"] = {owner or "all": facts for owner, facts in guarantees.items()}
     return record
 
 
-def _statement(config: Config, budgets: Mapping[str, Budget]) -> str:
+def _statement(config: Config, budgets: Mapping[str, Budget], guarantees: Mapping[str, dict[str, Any]]) -> str:
     """The worst of the owners' guarantees in words: each has its own, and a reader may be any of them."""
     if config.privacy.mode == "none":
         return _NO_PRIVACY
     if not budgets:
         return _OF_NODES.format(mode=config.privacy.mode)
-    worst = max(budgets, key=lambda owner: _epsilon(budgets[owner]))
+    worst = max(budgets, key=lambda owner: _epsilon(guarantees[owner]))
     others = f" This is client {worst}'s, the weakest of {len(budgets)} clients'." if len(budgets) > 1 else ""
     return budgets[worst].statement() + others
 
 
-def _epsilon(budget: Budget) -> float:
-    value = budget.facts()["epsilon"]
+def _epsilon(facts: Mapping[str, Any]) -> float:
+    value = facts["epsilon"]
     return float("inf") if value is None else float(value)
 
 

@@ -4,19 +4,18 @@ Flower has this too (`DifferentialPrivacyServerSideFixedClipping`), but draws it
 twister, which 624 numbers give away; here it comes from the operating system.
 """
 
-import math
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from caravan.config import PrivacyConfig
-from caravan.errors import FederationError, PrivacyError
+from caravan.errors import FederationError
 from caravan.federation.rounds import Update, update_norm
-from caravan.training.accounting import Guarantee, Mechanism, epsilon, noise_for
+from caravan.training.accounting import Guarantee, Mechanism, default_delta, epsilon
+from caravan.training.budget import noise_of
 from caravan.training.noise import NoiseSource, SystemNoise, noised
-
-_DELTA_POWER = 1.1  # as in `training.budget`: below one in as many as there are clients
 
 
 class CentralNoise:
@@ -47,18 +46,12 @@ class CentralNoise:
         Raises:
             PrivacyError: neither or both of epsilon and noise_multiplier are set, or the accountant is missing.
         """
-        if (config.epsilon is None) == (config.noise_multiplier is None):
-            raise PrivacyError(
-                'privacy.mode = "client-level" needs privacy.epsilon or privacy.noise_multiplier, and not both; '
-                "set one of them, for example privacy.epsilon = 8"
-            )
         self.clip, self.rounds, self.asked = config.clip, max(1, rounds), asked
-        self.delta = config.delta or max(clients, 2) ** -_DELTA_POWER
-        sigma = config.noise_multiplier
-        self.sigma = noise_for(config.epsilon or math.inf, self.delta, [(1.0, self.rounds)]) if sigma is None else sigma
+        self.delta = config.delta or default_delta(max(clients, 2))
+        self.sigma = noise_of(config, self.delta, [(1.0, self.rounds)])
         self._source = source or SystemNoise()
 
-    @property
+    @cached_property
     def guarantee(self) -> Guarantee:
         """What the whole training is worth to each client."""
         return epsilon([Mechanism(1.0, self.sigma, self.rounds)], self.delta)

@@ -120,6 +120,17 @@ def epsilons(mechanisms: Sequence[Mechanism], delta: float) -> dict[str, float |
     return {name: None if value is None or math.isinf(value) else value for name, value in given.items()}
 
 
+def default_delta(units: int) -> float:
+    """Give the chance of failure that is meant where none is said: n^-1.1, less than one unit of all of them.
+
+    Raises:
+        PrivacyError: there is no second unit to be mistaken for.
+    """
+    if units < 2:
+        raise PrivacyError(f"examples = {units}: a single one cannot be hidden among others; give two or more")
+    return units**-1.1
+
+
 def noise_for(
     target_epsilon: float,
     delta: float,

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from caravan.training.accounting import (
     Guarantee,
     Mechanism,
     PaperGuarantee,
+    default_delta,
     epsilon,
     in_figures,
     noise_for,
@@ -21,8 +23,6 @@ from caravan.training.accounting import (
 from caravan.training.ledger import Ledger, default_folder, identify
 from caravan.training.private import PrivateSteps
 from caravan.training.sampling import sampling_rate, steps_per_epoch, units_of
-
-_DELTA_POWER = 1.1  # delta = n^-1.1: below one in as many as there are units
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Plan:
         """The steps as the accountant takes them."""
         return [Mechanism(self.sampling, self.sigma, steps) for steps in self.steps.values()]
 
-    @property
+    @cached_property
     def guarantee(self) -> Guarantee:
         """What the whole of it is worth."""
         return epsilon(self.mechanisms, self.delta)
@@ -92,7 +92,7 @@ class Budget:
             raise PrivacyError("there are no training queries to keep private; give at least one")
         self.config, self.epochs = config, {stage: count for stage, count in epochs.items() if count}
         units = len(units_of(examples, config))
-        delta = config.delta or max(units, 2) ** -_DELTA_POWER
+        delta = config.delta or default_delta(max(units, 2))
         self._steps: dict[str, PrivateSteps] = {}
         if config.mode == "paper":
             self.plan = _paper_plan(config, units, self.epochs, paper_batch or {}, delta)
@@ -213,20 +213,29 @@ def _paper_plan(
 
 
 def _accounted_plan(config: PrivacyConfig, units: int, epochs: Mapping[str, int], delta: float) -> Plan:
-    _check_noise(config)
     sampling, per_epoch = sampling_rate(units, config.batch), steps_per_epoch(units, config.batch)
     steps = {stage: count * per_epoch for stage, count in epochs.items()}
-    sigma = config.noise_multiplier
-    if sigma is None:
-        pairs = [(sampling, count) for count in steps.values()]
-        sigma = noise_for(config.epsilon or math.inf, delta, pairs) if pairs else 0.0
+    sigma = noise_of(config, delta, [(sampling, count) for count in steps.values()])
     return Plan(sampling, sigma, steps, delta)
 
 
-def _check_noise(config: PrivacyConfig) -> None:
+def noise_of(config: PrivacyConfig, delta: float, plan: Sequence[tuple[float, int]]) -> float:
+    """Give the noise multiplier that is set, or the least that keeps a plan within the epsilon that is set.
+
+    Args:
+        config: one of `epsilon` and `noise_multiplier`.
+        delta: in (0, 1).
+        plan: (sampling, steps) pairs; without any no noise is needed.
+
+    Raises:
+        PrivacyError: neither or both are set, or the accountant is missing.
+    """
     if (config.epsilon is None) == (config.noise_multiplier is None):
         both = "both are" if config.epsilon is not None else "neither is"
         raise PrivacyError(
             f'privacy.mode = "{config.mode}" needs privacy.epsilon or privacy.noise_multiplier, and {both} set; '
             "set one of them, for example privacy.epsilon = 8"
         )
+    if config.noise_multiplier is not None:
+        return config.noise_multiplier
+    return noise_for(config.epsilon or math.inf, delta, plan) if plan else 0.0
