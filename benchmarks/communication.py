@@ -1,6 +1,6 @@
 """What does a federated round send by each method, and what recall does it buy, on banking77?
 
-Usage: python benchmarks/communication.py OUT.json
+Usage: python benchmarks/communication.py OUT.json [--only METHOD ...] [--device DEVICE]
 
 Three clients, two rounds of one epoch each for adapters and rivals after the head's own stage, on every other training
 query, which halves the time. There is no validation cut, so rates can only have been chosen on other splits, and the
@@ -20,7 +20,7 @@ import torch
 
 from caravan.app.communication import Communication
 from caravan.app.display import Bars
-from caravan.config import Config, DataConfig
+from caravan.config import BackboneConfig, Config, DataConfig
 from caravan.data.dataset import Dataset
 from caravan.files import whole_file
 
@@ -32,9 +32,16 @@ def main() -> None:
     """Run what is missing, then print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
-    out = parser.parse_args().out
+    parser.add_argument("--only", nargs="*", help="methods; all if left out")
+    parser.add_argument("--device", default="cpu")
+    arguments = parser.parse_args()
+    out = arguments.out
     results = json.loads(out.read_text()) if out.is_file() else {"runs": {}}
-    config = Config(seed=SEED, data=DataConfig(path=str(DATA / "banking77"), validation_fraction=0.0))
+    config = Config(
+        seed=SEED,
+        backbone=BackboneConfig(device=arguments.device),
+        data=DataConfig(path=str(DATA / "banking77"), validation_fraction=0.0),
+    )
     stage = replace(config.training.adapter, epochs=EPOCHS)
     config = replace(
         config,
@@ -44,6 +51,7 @@ def main() -> None:
     dataset = Dataset.from_config(config.data, seed=SEED)
     results["machine"] = {
         "processor": platform.processor() or platform.machine(),
+        "device": arguments.device,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         **{name: version(name) for name in ("caravan", "torch", "transformers", "peft")},
@@ -54,7 +62,7 @@ def main() -> None:
         results["sent"] = found.summary()
         for method, codec in found.trainings():
             key = f"banking77/{method}/{codec}"
-            if key not in results["runs"]:
+            if key not in results["runs"] and (arguments.only is None or method in arguments.only):
                 results["runs"][key] = found.train(method, codec).to_dict()
                 with whole_file(out) as temporary:
                     temporary.write_text(json.dumps(results, indent=1) + "\n")

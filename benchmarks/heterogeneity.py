@@ -1,7 +1,7 @@
 """What does it cost that clients hold different queries? Shops that sell different things, and Dirichlet draws.
 
 Usage: python benchmarks/heterogeneity.py OUT.json [--only CASE ...] [--methods NAME ...] [--plot PNG]
-           [--checkpoints DIR]
+           [--checkpoints DIR] [--device DEVICE]
 
 Head mode. Every training leaves out the same tenth of train: the curves are of that validation part, and whatever is
 chosen is chosen there; each result ranks the test split once. "local" trains every client alone, with the work that it
@@ -96,10 +96,11 @@ ALONE = ("local", "personal")
 class Bench:
     """One case: its data, and what is measured on it."""
 
-    def __init__(self, case: Case, seed: int, checkpoints: Path | None, report: Report) -> None:
+    def __init__(self, case: Case, seed: int, device: str, checkpoints: Path | None, report: Report) -> None:
         self.case, self.seed, self.checkpoints, self.report = case, seed, checkpoints, report
         training = {"mode": "head", "head": {"epochs": case.epochs}}
-        self.config = config_from_dict({"seed": seed, "data": {"path": str(DATA / case.data)}, "training": training})
+        data, backbone = {"path": str(DATA / case.data)}, {"device": device}
+        self.config = config_from_dict({"seed": seed, "backbone": backbone, "data": data, "training": training})
         self.dataset = Dataset.from_config(self.config.data, seed=seed)
         self.test = _Queries(self.dataset, self.dataset.test)
         drawn = np.random.default_rng(seed).permutation(len(self.dataset.test))[:LOCAL_TEST_QUERIES].tolist()
@@ -205,7 +206,7 @@ class _Queries:
         """Whether each query's first document is its gold one, bool (Q,)."""
         if self.vectors is None:
             self.vectors = FeatureStore(default_cache()).encode(retriever.encoder, self.texts)
-        first = [retriever.head(part).argmax(dim=1) for part in self.vectors.split(512)]
+        first = [retriever.head(part).argmax(dim=1).cpu() for part in self.vectors.split(512)]
         return (torch.cat(first) == self.gold).numpy()
 
     def recall(self, retriever: Retriever) -> float:
@@ -228,6 +229,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=list(CASES), default=list(CASES))
     parser.add_argument("--methods", nargs="*", help="of the tables' first column; all if left out")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--plot", type=Path, metavar="PNG")
     parser.add_argument("--checkpoints", type=Path, metavar="DIR", help="keep trainings here, to take them up again")
     arguments = parser.parse_args()
@@ -235,6 +237,7 @@ def main() -> None:
     results["seed"] = arguments.seed
     results["machine"] = {
         "processor": platform.processor() or platform.machine(),
+        "device": arguments.device,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         **{name: version(name) for name in ("caravan", "torch", "transformers", "flwr")},
@@ -244,7 +247,7 @@ def main() -> None:
             print(f"{name}: skipped, {DATA / CASES[name].data} is not there; set CARAVAN_DATA", file=sys.stderr)
             continue
         with Bars(quiet=not sys.stderr.isatty()) as bars:
-            bench = Bench(CASES[name], arguments.seed, arguments.checkpoints, bars)
+            bench = Bench(CASES[name], arguments.seed, arguments.device, arguments.checkpoints, bars)
             for method, result in _missing(bench, name, results["runs"], arguments.methods):
                 results["runs"][f"{name}/{method}"] = result
                 with whole_file(arguments.out) as temporary:

@@ -1,7 +1,7 @@
 """What does differential privacy cost in recall, by epsilon, beside no privacy and beside Opacus on a linear head?
 
 Usage: python benchmarks/private_accuracy.py OUT.json [--only DATA ...] [--modes MODE ...] [--epsilons E ...]
-           [--seeds S ...]
+           [--seeds S ...] [--device DEVICE]
 
 Default settings, all of train (no validation cut), so they can only have been chosen on other splits; each test split
 is ranked once a training. delta = n^-1.1. "opacus" is a linear layer on the same frozen vectors, trained by Opacus'
@@ -53,10 +53,12 @@ def main() -> None:
     parser.add_argument("--modes", nargs="*", choices=MODES, default=MODES)
     parser.add_argument("--epsilons", nargs="*", type=float, default=[1.0, 3.0, 8.0])
     parser.add_argument("--seeds", nargs="*", type=int, default=[1, 2, 3])
+    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     results = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {"runs": {}}
     results["machine"] = {
         "processor": platform.processor() or platform.machine(),
+        "device": arguments.device,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         **{name: version(name) for name in ("caravan", "torch", "transformers", "opacus", "dp-accounting")},
@@ -75,17 +77,18 @@ def main() -> None:
                             continue
                         os.environ["CARAVAN_LEDGER"] = str(Path(ledgers) / key.replace("/", "-"))
                         run = opacus_head if mode == "opacus" else ours
-                        results["runs"][key] = run(name, mode, epsilon, seed, bars)
+                        results["runs"][key] = run(name, mode, epsilon, seed, arguments.device, bars)
                         with whole_file(arguments.out) as temporary:
                             temporary.write_text(json.dumps(results, indent=1) + "\n")
                         print(f"{key}: {results['runs'][key]}", file=sys.stderr, flush=True)
     print(table(results["runs"]))
 
 
-def ours(name: str, mode: str, epsilon: float | None, seed: int, report: Any) -> dict[str, Any]:
+def ours(name: str, mode: str, epsilon: float | None, seed: int, device: str, report: Any) -> dict[str, Any]:
     """Train with the default settings; recall@1 on the test split, seconds, sigma."""
     settings: dict[str, Any] = {
         "seed": seed,
+        "backbone": {"device": device},
         "data": {"path": str(DATA / name), "validation_fraction": 0.0},
         "training": {"mode": mode.split()[-1]},
     }
@@ -110,7 +113,7 @@ def ours(name: str, mode: str, epsilon: float | None, seed: int, report: Any) ->
 _backbones: dict[str, Backbone] = {}
 
 
-def opacus_head(name: str, mode: str, epsilon: float, seed: int, report: Any) -> dict[str, Any]:
+def opacus_head(name: str, mode: str, epsilon: float, seed: int, device: str, report: Any) -> dict[str, Any]:
     """A linear layer on the frozen vectors, trained by Opacus; recall@1 on the test split, seconds, sigma."""
     from opacus import PrivacyEngine
     from torch.utils.data import DataLoader, TensorDataset
@@ -118,6 +121,7 @@ def opacus_head(name: str, mode: str, epsilon: float, seed: int, report: Any) ->
     del mode, report
     config = config_from_dict(
         {
+            "backbone": {"device": device},
             "data": {"path": str(DATA / name), "validation_fraction": 0.0},
             "privacy": {"mode": "dp-sgd", "epsilon": epsilon},
         }
@@ -127,11 +131,11 @@ def opacus_head(name: str, mode: str, epsilon: float, seed: int, report: Any) ->
     encoder, store = Encoder(backbone, IdentityAdapter(backbone.embedding_width)), FeatureStore(default_cache())
     train = store.encode(encoder, [example.text for example in dataset.train])
     test = store.encode(encoder, [example.text for example in dataset.test])
-    labels = torch.tensor([dataset.catalogue.gold_rows(example)[0] for example in dataset.train])
+    labels = torch.tensor([dataset.catalogue.gold_rows(example)[0] for example in dataset.train], device=device)
     stage, privacy = config.training.head, config.privacy
     torch.manual_seed(seed)
     started = time.perf_counter()
-    layer = torch.nn.Linear(train.shape[1], len(dataset.catalogue))
+    layer = torch.nn.Linear(train.shape[1], len(dataset.catalogue), device=device)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=stage.learning_rate, weight_decay=stage.weight_decay)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
