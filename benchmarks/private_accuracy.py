@@ -59,7 +59,6 @@ def main() -> None:
     results = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {"runs": {}}
     results["machine"] = {
         "processor": platform.processor() or platform.machine(),
-        "device": arguments.device,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         **{name: version(name) for name in ("caravan", "torch", "transformers", "opacus", "dp-accounting")},
@@ -78,7 +77,8 @@ def main() -> None:
                             continue
                         os.environ["CARAVAN_LEDGER"] = str(Path(ledgers) / key.replace("/", "-"))
                         run = opacus_head if mode == "opacus" else ours
-                        results["runs"][key] = run(name, mode, epsilon, seed, arguments.device, bars)
+                        found = run(name, mode, epsilon, seed, arguments.device, bars)
+                        results["runs"][key] = {**found, "device": arguments.device}
                         with whole_file(arguments.out) as temporary:
                             temporary.write_text(json.dumps(results, indent=1) + "\n")
                         print(f"{key}: {results['runs'][key]}", file=sys.stderr, flush=True)
