@@ -21,6 +21,12 @@ EXPERIMENTS = {
     "pooling": "caravan.app.reproduction.pooling",
     "learning-rate": "caravan.app.reproduction.learning_rate",
     "scale": "caravan.app.reproduction.scale",
+    "central-vs-federated": "caravan.app.reproduction.central_vs_federated",
+    "privacy": "caravan.app.reproduction.privacy",
+    "privacy-sweep": "caravan.app.reproduction.privacy_sweep",
+    "communication": "caravan.app.reproduction.communication",
+    "heterogeneity": "caravan.app.reproduction.heterogeneity",
+    "clients": "caravan.app.reproduction.clients",
 }
 
 
