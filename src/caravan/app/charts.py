@@ -172,7 +172,7 @@ def _lines(axes: Any, chart: Chart) -> None:
 
 def _points(axes: Any, chart: Chart) -> None:
     for number, series in enumerate(chart.series):
-        _with_interval(axes, series, number, fmt=_SHAPES[number % len(_SHAPES)])
+        _with_interval(axes, series, number, fmt="--" if series.dashed else _SHAPES[number % len(_SHAPES)])
 
 
 def _with_interval(axes: Any, series: Series, number: int, *, fmt: str) -> None:

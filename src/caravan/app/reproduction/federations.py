@@ -1,4 +1,4 @@
-"""Simulated federations as experiments need them: clients that are timed, clients that are away, and what was paired."""
+"""Trainings as experiments need them: clients that are timed, clients that are away, and differences in pairs."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -149,3 +149,10 @@ def difference(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, 
     mean = float(each.mean())
     reach = 1.96 * float(each.std(ddof=1)) / len(each) ** 0.5 if len(each) > 1 else 0.0
     return mean, mean - reach, mean + reach
+
+
+def settled(low: float, high: float, bound: float) -> str:
+    """Say whether an interval lets a verdict on a bound be more than a guess."""
+    if low <= bound <= high:
+        return f"The interval holds {bound:g}, so these test queries do not settle it."
+    return f"The interval is all on one side of {bound:g}."
