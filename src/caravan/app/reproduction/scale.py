@@ -35,7 +35,10 @@ def run(bench: Bench) -> Findings:
                 outcomes = _outcomes(bench, dataset, backbone)
                 found[data, name, random] = outcomes
                 rows.append(_row(bench, dataset, backbone, outcomes))
-    note = "Mean pooling throughout. 95%: resampling of test queries, mean over seeds. Seconds: the adapter's with its head."
+    note = (
+        "Mean pooling throughout. 95%: resampling of test queries, mean over seeds. Seconds: the adapter's with its "
+        "head."
+    )
     return Findings(
         claims=[_claim(bench, found)],
         tables=[Table(title="What the adapter adds, by backbone", columns=_COLUMNS, rows=rows, note=note)],
@@ -111,9 +114,9 @@ def _claim(bench: Bench, found: Mapping[tuple[str, str, bool], Outcomes]) -> Cla
         ours=f"{ours} points, mean over the data",
         verdict=verdict(None),
         reason=(
-            f"A question, not a claim. Nothing above {max(sizes.values()) / 1e6:,.0f} million parameters was measured, and "
-            "the small decoders were pretrained on children's stories, so size and pretraining cannot be told apart; the "
-            "notes say how to go on."
+            f"A question, not a claim. Nothing above {max(sizes.values()) / 1e6:,.0f} million parameters was "
+            "measured, and the small decoders were pretrained on children's stories, so size and pretraining cannot be "
+            "told apart; the notes say how to go on."
         ),
         data=", ".join(dict.fromkeys(data for data, _, _ in found)),
         seeds=seeds_text(bench.seeds),
