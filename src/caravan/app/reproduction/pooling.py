@@ -35,7 +35,7 @@ def run(bench: Bench) -> Findings:
     found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     rows: list[list[str]] = []
     for data in bench.present(settings["datasets"]):
-        dataset = bench.dataset(data, train=settings["train"], test=settings["test"])
+        dataset = bench.dataset(data, classes=settings.get("classes"), train=settings["train"], test=settings["test"])
         for name in names:
             for pooling in settings["poolings"]:
                 backbone = replace(bench.backbone, name=name, pooling=pooling)
