@@ -23,10 +23,10 @@ _COLUMNS = (
 _NOTE = (
     "Points lost: training without privacy less this one, means over seeds; 95%: over test queries, in pairs. Without "
     "privacy and with the paper's noise {epochs} epochs, of which {warmup} add no noise; the accounted modes "
-    "{accounted} and the other defaults that noise asks for (a head without pre-classifier, a core adapter). delta is n^-1.1. If "
-    "each step was accounted: the epsilon of the paper's noised steps alone, had each query been clipped and each "
-    "batch drawn, which is not what its training does. Each training has a ledger of its own. The test split is ranked "
-    "once a training."
+    "{accounted} and the other defaults that noise asks for (a head without pre-classifier, a core adapter). delta is "
+    "n^-1.1. If each step was accounted: the epsilon of the paper's noised steps alone, had each query been clipped "
+    "and each batch drawn, which is not what its training does. Each training has a ledger of its own. The test split "
+    "is ranked once a training."
 )
 
 

@@ -112,7 +112,7 @@ def grid(settings: Mapping[str, Any]) -> Iterator[Setting]:
     for noise, clip, passes, warmup in itertools.product(noises, settings["clip"], epochs, settings["passages"]):
         yield Setting("dp-sgd", noise, clip, passes, warmup)
     for noise, clip, passes, warmup in itertools.product(
-        settings["paper_noise"], settings["paper_clipping"], epochs, settings["paper_warmup"]
+        settings["paper_noise"], settings["paper_clipping"], settings["paper_epochs"], settings["paper_warmup"]
     ):
         if warmup < passes:  # else there is no noise at all
             yield Setting("paper", noise, clip, passes, warmup)
