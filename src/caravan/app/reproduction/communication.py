@@ -82,6 +82,11 @@ class Sent:
     clients: int
 
     @property
+    def key(self) -> str:
+        """As in the settings."""
+        return f"{self.method}/{self.codec}"
+
+    @property
     def name(self) -> str:
         """For rows and legends."""
         return self.method if self.codec == "none" else f"{self.method}, {self.codec}"
@@ -125,8 +130,8 @@ def run(bench: Bench) -> Findings:
             _client_table(bench, dataset),
             _larger_table(counted),
         ],
-        charts=[_link_chart(sent, links), _bytes_chart(sent)],
-        notes=_notes(counted),
+        charts=[_link_chart([one for one in sent if one.key in settings["drawn"]], links), _bytes_chart(sent)],
+        notes=_notes(dataset, counted),
     )
 
 
@@ -258,7 +263,9 @@ def _link_chart(sent: Sequence[Sent], links: Sequence[Link]) -> Chart:
 
 
 def _bytes_chart(sent: Sequence[Sent]) -> Chart:
-    names = [one.name for one in sent]
+    names = [one.name.replace(", ", "\n").replace("-", "-\n") for one in sent]
+    values = [one.mean(way) for one in sent for way in ("up", "down")]
+    wide = max(values) > 20 * min(values)
     series = [
         Series(name=f"{way} a client and round", x=names, y=[one.mean(way) / 1e6 for one in sent])
         for way in ("up", "down")
@@ -268,15 +275,17 @@ def _bytes_chart(sent: Sequence[Sent]) -> Chart:
         title="Bytes on the wire, measured",
         kind="bar",
         x_label="trained beside the head, codec",
-        y_label="MB (logarithmic)",
+        y_label="MB (logarithmic)" if wide else "MB",
         series=series,
-        log_y=True,
+        log_y=wide,
     )
 
 
-def _notes(counted: Communication) -> list[str]:
+def _notes(dataset: Dataset, counted: Communication) -> list[str]:
+    full = counted.tables[counted.skeletons[0].name][0]
     notes = [
-        "The head is most of what is sent, so the codec saves more than the kind of the adapter.",
+        f"With {len(dataset.catalogue):,} documents the head is {full.head / (full.head + full.part):.0%} of what a "
+        "round with a full adapter sends.",
         "The server's own line is not in the table of links: with K clients K times the bytes pass it each round.",
     ]
     if not counted.has_peft:

@@ -190,10 +190,8 @@ def _chart(data: str, points: Sequence[Point], best: Sequence[Point], without: f
     known = [point for point in points if math.isfinite(point.epsilon)]
     ends = [min(point.epsilon for point in known), max(point.epsilon for point in known)]
     clouds = {
-        "DP-SGD: epsilon proved": [point for point in known if point.setting.mode == "dp-sgd"],
-        "the paper's mode: epsilon if accounted, none proved": [
-            point for point in known if point.setting.mode == "paper"
-        ],
+        "DP-SGD, proved": [point for point in known if point.setting.mode == "dp-sgd"],
+        "paper's mode, not proved": [point for point in known if point.setting.mode == "paper"],
     }
     series = [
         Series(name=name, x=[point.epsilon for point in own], y=[point.value for point in own])
@@ -202,7 +200,7 @@ def _chart(data: str, points: Sequence[Point], best: Sequence[Point], without: f
     ]
     x, y = [point.epsilon for point in best], [point.value for point in best]
     series += [
-        Series(name="front of what is proved", x=x, y=y, dashed=True),
+        Series(name="front of the proved", x=x, y=y, dashed=True),
         Series(name="no privacy", x=ends, y=[without, without], dashed=True),
     ]
     return Chart(
