@@ -241,7 +241,7 @@ def _legend(figure: Any, axes: Any, chart: Chart) -> None:
     handles, labels = axes.get_legend_handles_labels()
     ordered = sorted(range(len(labels)), key=lambda place: names.index(labels[place]))
     columns = 3 if max(map(len, names)) <= 12 else 2 if max(map(len, names)) <= 26 else 1
-    figure.legend(
+    legend = figure.legend(
         [handles[place] for place in ordered],
         [labels[place] for place in ordered],
         loc="outside lower center",
@@ -249,6 +249,8 @@ def _legend(figure: Any, axes: Any, chart: Chart) -> None:
         fontsize=11,
         frameon=False,
     )
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a name may hold dollar signs, which are no formula
 
 
 def _categories(chart: Chart) -> list[str]:
