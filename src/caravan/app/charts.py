@@ -15,6 +15,8 @@ _PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#
 _SHAPES = ("o", "s", "^", "D", "v", "P", "X")  # and by shape where there is no colour at all
 _NO_MATPLOTLIB = "plots need matplotlib; install it with `pip install 'caravan[report]'`"
 
+_GROUP = 0.8  # of the space of a category that its bars fill together
+
 Place = float | str  # on the x axis: a number, or a category's name
 
 
@@ -46,11 +48,13 @@ class Mark:
         name: in the legend, e.g. "paper: 1.75x with 2".
         y: its value.
         x: where it stands; None: a line across the whole chart.
+        series: among bars, the name of the series whose bar it stands on; None: in the middle of the group.
     """
 
     name: str
     y: float
     x: Place | None = None
+    series: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +143,7 @@ def draw(chart: Chart, folder: Path) -> None:
         ConfigError: matplotlib is not installed.
         StorageError: a file cannot be written.
     """
-    figure = new_figure(6.4, 4.2)
+    figure = new_figure(5.4, 4.2)  # small, so that letters of 11 points are still 7 in a column of a page
     axes = figure.add_subplot()
     {"line": _lines, "scatter": _points, "bar": _bars}[chart.kind](axes, chart)
     for number, mark in enumerate(chart.paper):
@@ -157,8 +161,7 @@ def draw(chart: Chart, folder: Path) -> None:
     axes.grid(axis="y" if chart.kind == "bar" else "both", color="#e5e7eb", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    if len(chart.series) + len(chart.paper) > 1:
-        figure.legend(loc="outside lower center", ncols=2, fontsize=11, frameon=False)
+    _legend(figure, axes, chart)
     for ending in ("png", "svg"):
         save_figure(figure, folder / f"{chart.name}.{ending}")
 
@@ -193,10 +196,10 @@ def _with_interval(axes: Any, series: Series, number: int, *, fmt: str) -> None:
 
 def _bars(axes: Any, chart: Chart) -> None:
     places = _categories(chart)
-    width = 0.8 / len(chart.series)
+    width = _GROUP / len(chart.series)
     for number, series in enumerate(chart.series):
         kept = [place for place, value in enumerate(series.y) if value is not None]
-        shift = (number - (len(chart.series) - 1) / 2) * width
+        shift = _shift(chart, number)
         axes.bar(
             [places.index(str(series.x[place])) + shift for place in kept],
             [series.y[place] for place in kept],
@@ -210,14 +213,44 @@ def _bars(axes: Any, chart: Chart) -> None:
     axes.set_xticks(range(len(places)), places, parse_math=False)
 
 
+def _shift(chart: Chart, number: int) -> float:
+    """How far the bars of a series stand from the middle of their group."""
+    return (number - (len(chart.series) - 1) / 2) * _GROUP / len(chart.series)
+
+
 def _mark(axes: Any, chart: Chart, mark: Mark, number: int) -> None:
     if mark.x is None:
         style = ("--", ":", "-.")[number % 3]
         axes.axhline(mark.y, color=INK, linewidth=1.4, linestyle=style, label=mark.name, zorder=1)
         return
-    place = _categories(chart).index(str(mark.x)) if chart.kind == "bar" else mark.x
+    place = mark.x
+    if chart.kind == "bar":
+        names = [series.name for series in chart.series]
+        place = _categories(chart).index(str(mark.x))
+        place += 0.0 if mark.series is None else _shift(chart, names.index(mark.series))
     marker = ("*", "d", "p")[number % 3]
-    axes.plot([place], [mark.y], marker, color=INK, markerfacecolor="#f0e442", markersize=14, label=mark.name, zorder=5)
+    style = {"color": INK, "markerfacecolor": "#f0e442", "markersize": 12, "linestyle": "none", "zorder": 5}
+    axes.plot([place], [mark.y], marker=marker, label=mark.name, **style)
+
+
+def _legend(figure: Any, axes: Any, chart: Chart) -> None:
+    """Ours in their order, then the paper's; none where there is nothing to tell apart."""
+    names = [*(series.name for series in chart.series), *(mark.name for mark in chart.paper)]
+    if len(names) < 2:
+        return
+    handles, labels = axes.get_legend_handles_labels()
+    ordered = sorted(range(len(labels)), key=lambda place: names.index(labels[place]))
+    columns = 3 if max(map(len, names)) <= 12 else 2 if max(map(len, names)) <= 26 else 1
+    legend = figure.legend(
+        [handles[place] for place in ordered],
+        [labels[place] for place in ordered],
+        loc="outside lower center",
+        ncols=columns,
+        fontsize=11,
+        frameon=False,
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a name may hold dollar signs, which are no formula
 
 
 def _categories(chart: Chart) -> list[str]:

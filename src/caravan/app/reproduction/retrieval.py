@@ -8,7 +8,7 @@ from caravan.app.charts import Chart, Mark, Series
 from caravan.app.reproduction import spam
 from caravan.app.reproduction.findings import Findings, Table
 from caravan.app.reproduction.frame import Bench, counts
-from caravan.app.reproduction.parts import part_of, some
+from caravan.app.reproduction.parts import some
 from caravan.app.reproduction.retrieval_claims import PAPER, Rows, claims
 from caravan.app.reproduction.spam import Spam
 from caravan.app.reproduction.trials import figures, interval, recall_at_1, seeds_text, spread, train
@@ -42,8 +42,9 @@ def run(bench: Bench) -> Findings:
 
 def _measure(bench: Bench, name: str, found: Rows) -> None:
     settings = bench.settings
-    parts: dict[str, int | None] = {key: settings.get(key) for key in ("classes", "train", "test")}
-    dataset = part_of(bench.dataset(name), **parts)
+    dataset = bench.dataset(
+        name, classes=settings.get("classes"), train=settings.get("train"), test=settings.get("test")
+    )
     what = {"max_tokens": settings["max_tokens"], "counts": counts(dataset), "catalogue": dataset.catalogue.fingerprint}
     for method, outcome in bench.measure(f"{name}/untrained", lambda: _untrained(bench, dataset), matters=what).items():
         if method in _METHODS:
@@ -137,8 +138,10 @@ def _chart(found: Rows) -> Chart:
                 high=[high for _, _, high in values],
             )
         )
-    # The paper's figures stand over the group of SMS spam, at the height they claim.
-    marks = [Mark(name=f"paper, {method}: {figure}", y=figure, x="sms_spam") for method, figure in PAPER.items()]
+    marks = [
+        Mark(name=f"paper, {method}: {figure}", y=figure, x="sms_spam", series=method)
+        for method, figure in PAPER.items()
+    ]
     return Chart(
         name="recall",
         title="Recall@1 by method (bars: 95% interval)",

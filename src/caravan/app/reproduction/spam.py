@@ -1,5 +1,6 @@
 """SMS spam, taken apart: which protocols can give the paper's 12.36%, 97.02% and 99.95%."""
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from caravan.training.baselines import mips
 
 FIGURES = {"MIPS": 12.36, "classifier": 97.02, "adapter + classifier": 99.95}  # the paper's, in percent
 SPAM = "spam"
+_CHANCE = "chance that this is the share of spam, %"
 _SIZES = (("all", 1.0), ("80% of", 0.8), ("30% of", 0.3), ("20% of", 0.2), ("10% of", 0.1))
 
 
@@ -30,6 +32,7 @@ class Spam:
     Attributes:
         collection: how many messages there are, of them how many spam, how many distinct texts.
         always: percentage of spam: what a rule gets right that calls everything spam.
+        fits: the parts of it of which one ranking could have given all three figures of the paper.
         prompts: a trial each of MIPS, see `prompt_trials`.
         protocols: by protocol an outcome a seed, see `protocol_trials`.
         tables: to be shown.
@@ -38,6 +41,7 @@ class Spam:
 
     collection: str
     always: float
+    fits: Sequence[str]
     prompts: Sequence[Mapping[str, Any]]
     protocols: Mapping[str, Sequence[Mapping[str, Any]]]
     tables: Sequence[Table]
@@ -52,6 +56,7 @@ def take_apart(bench: Bench, dataset: Dataset) -> Spam:
     return Spam(
         collection=f"{len(messages):,} messages, {count:,} of them spam, {len(distinct(messages)):,} distinct texts",
         always=share(messages),
+        fits=[name for name, _, size in _parts(dataset) if all(hits_for(each, size) for each in FIGURES.values())],
         prompts=prompts,
         protocols=protocols,
         tables=[arithmetic(dataset), prompt_table(prompts), protocol_table(protocols)],
@@ -72,7 +77,10 @@ def whole(dataset: Dataset) -> list[Example]:
 
 def distinct(examples: Sequence[Example]) -> list[Example]:
     """Each text once, as it first came."""
-    return list({example.text: example for example in reversed(examples)}.values())[::-1]
+    first: dict[str, Example] = {}
+    for example in examples:
+        first.setdefault(example.text, example)
+    return list(first.values())
 
 
 def share(examples: Sequence[Example]) -> float:
@@ -83,21 +91,36 @@ def share(examples: Sequence[Example]) -> float:
 def arithmetic(dataset: Dataset) -> Table:
     """Which of the paper's figures a share of so many messages can be at all."""
     rows = []
-    for name, messages in (("the collection", whole(dataset)), ("its distinct texts", distinct(whole(dataset)))):
-        for part, size in _SIZES:
-            queries = round(size * len(messages))
-            reached = [hits_for(figure, queries) for figure in FIGURES.values()]
-            cells = ["no number" if hits is None else f"{hits:,} right" for hits in reached]
-            rows.append([f"{part} {name}", f"{queries:,}", f"{share(messages):.2f}", *cells])
+    for name, messages, size in _parts(dataset):
+        reached = [hits_for(figure, size) for figure in FIGURES.values()]
+        cells = ["no number" if hits is None else f"{hits:,} right" for hits in reached]
+        chance = "-" if reached[0] is None else f"{100 * chance_of(reached[0], size, messages):.2g}"
+        rows.append([name, f"{size:,}", f"{share(messages):.2f}", *cells, chance])
     return Table(
         title="SMS spam: how many messages must be right for the paper's figures",
-        columns=("ranked", "messages", 'all called "spam", %', *(f"{figure}%" for figure in FIGURES.values())),
+        columns=("ranked", "messages", 'all called "spam", %', *(f"{figure}%" for figure in FIGURES.values()), _CHANCE),
         rows=rows,
         note=(
             "No number: no whole number of hits rounds to the figure, so one ranking of so many messages cannot have "
-            "given it; a mean over several could."
+            "given it; a mean over several could. The last column: how often a random part of this size holds exactly "
+            f"as many spam messages as {FIGURES['MIPS']}% asks for, so that calling everything spam gives the figure."
         ),
     )
+
+
+def _parts(dataset: Dataset) -> list[tuple[str, list[Example], int]]:
+    """The parts that are usually ranked: name, what they are drawn from, how many messages."""
+    found = []
+    for name, messages in (("the collection", whole(dataset)), ("its distinct texts", distinct(whole(dataset)))):
+        found += [(f"{part} {name}", messages, round(size * len(messages))) for part, size in _SIZES]
+    return found
+
+
+def chance_of(count: int, size: int, messages: Sequence[Example]) -> float:
+    """The chance that `size` messages drawn at random hold exactly `count` spam messages (hypergeometric)."""
+    spam = sum(SPAM in message.doc_ids for message in messages)
+    ways = math.comb(spam, count) * math.comb(len(messages) - spam, size - count)
+    return ways / math.comb(len(messages), size)
 
 
 def prompt_trials(bench: Bench, dataset: Dataset) -> list[dict[str, Any]]:
