@@ -10,7 +10,7 @@ from typing import Any
 from caravan.app.charts import Chart, Series
 from caravan.app.reproduction.findings import Claim, Findings, Table, verdict
 from caravan.app.reproduction.frame import Bench, counts
-from caravan.app.reproduction.trials import interval, recall_at_1, seeds_text, spread, train
+from caravan.app.reproduction.trials import interval, listed, recall_at_1, seeds_text, spread, train
 from caravan.config import BackboneConfig
 from caravan.data.dataset import Dataset
 from caravan.model.adapter import IdentityAdapter
@@ -44,7 +44,7 @@ def run(bench: Bench) -> Findings:
                 found[data, _short(name), pooling] = outcomes
                 rows.append(_row(bench, dataset, backbone, outcomes))
     return Findings(
-        claims=[_claim(bench, found)],
+        claims=[_claim(bench, found, rows)],
         tables=[Table(title="Accuracy and time by pooling", columns=_COLUMNS, rows=rows, note=_NOTE)],
         charts=_charts(found, settings["poolings"]),
     )
@@ -105,7 +105,7 @@ def _row(bench: Bench, dataset: Dataset, backbone: BackboneConfig, outcomes: Seq
     ]
 
 
-def _claim(bench: Bench, found: Outcomes) -> Claim:
+def _claim(bench: Bench, found: Outcomes, rows: Sequence[Sequence[str]]) -> Claim:
     """Last token against mean, over all data and backbones: how often, and by how much."""
     gaps: dict[str, list[float]] = {}
     for (data, name, pooling), outcomes in found.items():
@@ -123,7 +123,7 @@ def _claim(bench: Bench, found: Outcomes) -> Claim:
             "Held where the last token is at most 0.5 points behind the mean on every data set and backbone here. None "
             "of these models was trained on its end token; the paper's was not available."
         ),
-        data=", ".join(dict.fromkeys(data for data, _, _ in found)),
+        data=listed(row[0] for row in rows),
         seeds=seeds_text(bench.seeds),
     )
 
