@@ -42,7 +42,7 @@ class Series:
 
 @dataclass(frozen=True, kw_only=True)
 class Mark:
-    """A figure of the paper.
+    """A single value to compare with: a figure of the paper, or a goal.
 
     Attributes:
         name: in the legend, e.g. "paper: 1.75x with 2".
@@ -67,7 +67,7 @@ class Chart:
         kind: "line" with points, "bar" side by side (x are categories), or "scatter".
         x_label, y_label: with units.
         series: in the order of the legend.
-        paper: its figures, as marks.
+        paper: its figures, and goals, as marks.
         log_x, log_y: logarithmic axes.
         y_limits: the lowest and highest value shown; None: as the data need.
     """

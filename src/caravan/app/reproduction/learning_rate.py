@@ -8,7 +8,7 @@ from typing import Any, Literal
 from caravan.app.charts import Chart, Mark, Series
 from caravan.app.reproduction.findings import Claim, Findings, Table, verdict
 from caravan.app.reproduction.frame import Bench
-from caravan.app.reproduction.trials import recall_at_1, seeds_text, train
+from caravan.app.reproduction.trials import listed, recall_at_1, seeds_text, train
 from caravan.data.dataset import Dataset
 from caravan.data.splits import cut_validation
 from caravan.errors import TrainingError
@@ -51,7 +51,7 @@ def run(bench: Bench) -> Findings:
         f"longer finite counts as 0."
     )
     return Findings(
-        claims=[_claim(bench, behind)],
+        claims=[_claim(bench, behind, rows)],
         tables=[Table(title="How much the learning rate matters", columns=_COLUMNS, rows=rows, note=note)],
         charts=charts,
         notes=[]
@@ -166,7 +166,7 @@ def _chart(bench: Bench, name: str, mode: Mode, sweep: Sweep, automatic: Sequenc
     )
 
 
-def _claim(bench: Bench, behind: Sequence[float]) -> Claim:
+def _claim(bench: Bench, behind: Sequence[float], rows: Sequence[Sequence[str]]) -> Claim:
     return Claim(
         says="The bound on the learning rate gives a usable choice without tuning",
         paper="no figure (theorem 5.5)",
@@ -177,5 +177,6 @@ def _claim(bench: Bench, behind: Sequence[float]) -> Claim:
             if behind
             else "The automatic rate was not measured."
         ),
+        data=listed(row[0] for row in rows),
         seeds=seeds_text(bench.seeds),
     )

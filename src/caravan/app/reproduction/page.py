@@ -10,7 +10,18 @@ from caravan.app.reproduction.findings import Claim, Findings, Table
 from caravan.errors import StorageError
 from caravan.files import whole_file
 
-_CLAIM_COLUMNS = ("the paper says", "paper", "ours", "95% interval", "verdict", "why", "data", "seeds", "backbone")
+_CLAIM_COLUMNS = (
+    "the paper says",
+    "paper",
+    "ours",
+    "95% interval",
+    "verdict",
+    "why",
+    "data",
+    "seeds",
+    "backbone",
+    "command",
+)
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1f2933; --paper: #ffffff; --line: #d5dae0; --soft: #f4f6f8; --good: #0b6e4f;
@@ -76,9 +87,11 @@ class Chapter:
         backbone, machine = self.results["backbone"], self.results["machine"]
         versions = ", ".join(f"{name} {machine[name]}" for name in ("caravan", "torch", "transformers", "python"))
         gpu = f", {machine['gpu']}" if machine.get("gpu") else ""
+        several = len(self.results["machines"])
+        more = f" Measured on {several} machines; results.json says what on which." if several > 1 else ""
         return (
             f"{self.results['form'].capitalize()} form; backbone {backbone['name']} on {backbone['device']}; "
-            f"{machine['processor']}, {machine['threads']} threads{gpu}; {versions}."
+            f"{machine['processor']}, {machine['threads']} threads{gpu}; {versions}.{more}"
         )
 
 
@@ -110,7 +123,7 @@ def _claims_table(claims: Sequence[tuple[Chapter, Claim]]) -> Table:
     rows = [
         (
             *(claim.says, claim.paper, claim.ours, claim.interval, claim.verdict, claim.reason, claim.data),
-            *(claim.seeds, chapter.results["backbone"]["name"]),
+            *(claim.seeds, chapter.results["backbone"]["name"], chapter.results["command"]),
         )
         for chapter, claim in claims
     ]

@@ -7,7 +7,7 @@ from typing import Any
 from caravan.app.reproduction.findings import Claim, verdict
 from caravan.app.reproduction.frame import Bench
 from caravan.app.reproduction.spam import FIGURES, Spam
-from caravan.app.reproduction.trials import interval, recall_at_1, seeds_text
+from caravan.app.reproduction.trials import interval, listed, recall_at_1, seeds_text
 
 PAPER = {
     "MIPS": FIGURES["MIPS"],
@@ -141,7 +141,7 @@ def _order(bench: Bench, found: Rows) -> Claim:
         ours="; ".join(compared),
         verdict=verdict(all(first > 0 and second > 0 for first, second in gains)),
         reason=_order_reason(gains),
-        data=", ".join(dict.fromkeys(name for name, _ in found)),
+        data=listed(outcomes[0]["data"] for (_, method), outcomes in found.items() if method == "adapter + classifier"),
         seeds=seeds_text(bench.seeds),
     )
 

@@ -1,10 +1,12 @@
 """Which experiments there are, how they are run, and the report over all that were."""
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from caravan.app.charts import check_drawing, draw
@@ -147,8 +149,15 @@ def _write_chapter(folder: Path) -> Chapter:
 def _command(name: str, request: Request) -> str:
     default = BackboneConfig()
     words = ["caravan reproduce", name, *(["--quick"] if request.quick else [])]
-    words += [f"--backbone {request.backbone.name}"] if request.backbone.name != default.name else []
+    words += [f"--backbone {quote(request.backbone.name)}"] if request.backbone.name != default.name else []
     words += [f"--device {request.backbone.device}"] if request.backbone.device != default.device else []
     words += [f"--seeds {','.join(map(str, request.seeds))}"] if request.seeds else []
-    words += [f"--set {key}={value}" for key, value in (request.changes or {}).items()]
-    return " ".join([*words, f"--out {os.fspath(request.out)}"])
+    words += [f"--set {quote(f'{key}={_toml(value)}')}" for key, value in (request.changes or {}).items()]
+    return " ".join([*words, f"--out {quote(os.fspath(request.out))}"])
+
+
+def _toml(value: Any) -> str:
+    """A value as TOML on one line; JSON is, but for tables."""
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{json.dumps(key)} = {_toml(inner)}' for key, inner in value.items())}}}"
+    return json.dumps(value)

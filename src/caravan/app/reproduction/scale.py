@@ -7,7 +7,7 @@ from typing import Any
 from caravan.app.charts import Chart, Series
 from caravan.app.reproduction.findings import Claim, Findings, Table, verdict
 from caravan.app.reproduction.frame import Bench, counts
-from caravan.app.reproduction.trials import interval, recall_at_1, seeds_text, train
+from caravan.app.reproduction.trials import interval, listed, recall_at_1, seeds_text, train
 from caravan.config import BackboneConfig
 from caravan.data.dataset import Dataset
 from caravan.model.backbone import load_backbone
@@ -40,7 +40,7 @@ def run(bench: Bench) -> Findings:
         "head."
     )
     return Findings(
-        claims=[_claim(bench, found)],
+        claims=[_claim(bench, found, rows)],
         tables=[Table(title="What the adapter adds, by backbone", columns=_COLUMNS, rows=rows, note=note)],
         charts=[_chart(data, found) for data in dict.fromkeys(data for data, _, _ in found)],
         notes=[f"Larger backbones, on a machine that has them: {command}" for command in _elsewhere(bench)],
@@ -98,7 +98,7 @@ def _row(bench: Bench, dataset: Dataset, backbone: BackboneConfig, outcomes: Out
     ]
 
 
-def _claim(bench: Bench, found: Mapping[tuple[str, str, bool], Outcomes]) -> Claim:
+def _claim(bench: Bench, found: Mapping[tuple[str, str, bool], Outcomes], rows: Sequence[Sequence[str]]) -> Claim:
     gains: dict[str, list[float]] = {}
     sizes = {name: outcomes[0]["parameters"] for (_, name, _), outcomes in found.items()}
     for (_, name, random), outcomes in found.items():
@@ -118,7 +118,7 @@ def _claim(bench: Bench, found: Mapping[tuple[str, str, bool], Outcomes]) -> Cla
             "measured, and the small decoders were pretrained on children's stories, so size and pretraining cannot be "
             "told apart; the notes say how to go on."
         ),
-        data=", ".join(dict.fromkeys(data for data, _, _ in found)),
+        data=listed(row[0] for row in rows),
         seeds=seeds_text(bench.seeds),
     )
 

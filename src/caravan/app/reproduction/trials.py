@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -93,6 +93,11 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 def interval(low: float, high: float, digits: int = 2) -> str:
     """Bounds as text."""
     return f"[{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def listed(texts: Iterable[str]) -> str:
+    """Each text once, as one."""
+    return "; ".join(dict.fromkeys(texts))
 
 
 def seeds_text(seeds: Sequence[int]) -> str:
