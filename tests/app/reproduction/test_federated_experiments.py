@@ -3,16 +3,15 @@
 import math
 import os
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from caravan.app.reproduction import central_vs_federated, clients, communication, heterogeneity, privacy_sweep
+from caravan.app.reproduction import central_vs_federated, communication
 from caravan.app.reproduction.alone import own_places
 from caravan.app.reproduction.clients import Presence, worst_fall
 from caravan.app.reproduction.communication import Link
-from caravan.app.reproduction.federations import difference, packed, settled, unpacked
+from caravan.app.reproduction.federations import difference, packed, settled, thinned, unpacked
 from caravan.app.reproduction.frame import read_results
 from caravan.app.reproduction.ledgers import own_ledger
 from caravan.app.reproduction.privacy_sweep import Point, Setting, front, grid
@@ -159,11 +158,11 @@ def test_data_that_are_not_here_are_left_out_and_named(chapters):
 
 def test_local_training_and_personal_heads_have_their_rows(chapters):
     table = chapters["heterogeneity"].findings.tables[0]
-    rows = {row[1]: row for row in table.rows}
+    rows = {row[0]: row for row in table.rows}
     assert list(rows) == ["central", "fedavg", "short", "local", "personal"]
-    assert rows["personal"][2] == ""  # a head for one client's queries is not asked others'
-    assert all(rows[method][6] for method in rows)  # each has recall on clients' own queries
-    assert rows["central"][4] == ""
+    assert rows["personal"][1] == ""  # a head for one client's queries is not asked others'
+    assert all(rows[method][5] for method in rows)  # each has recall on clients' own queries
+    assert rows["central"][3] == ""
 
 
 def test_away_clients_are_counted_and_missing_rounds_are_no_failure_of_the_run(chapters):
@@ -253,6 +252,13 @@ def test_the_worst_fall_is_between_neighbours():
     assert worst_fall([10.0, 20.0]) == 0.0
 
 
+def test_a_long_curve_keeps_its_last_point_and_marks_that_can_be_told_apart():
+    assert thinned(list(range(1, 101)), 20) == list(range(5, 101, 5))
+    assert thinned([1, 2, 3, 4, 5, 6, 7], 3) == [1, 4, 7]
+    assert thinned([1, 2, 3], 20) == [1, 2, 3]
+    assert thinned([]) == []
+
+
 def test_own_queries_are_of_clients_with_enough_in_train():
     asked = replace(DATASET, test=[replace(example, columns={"site": site}) for example, site in _asked()])
     # 48 in train: 24 of the east, 16 of the north, 8 of the west.
@@ -262,18 +268,3 @@ def test_own_queries_are_of_clients_with_enough_in_train():
 
 def _asked():
     return zip(DATASET.test[:4], ("east", "north", "east", "west"), strict=True)
-
-
-def test_the_modules_are_registered_by_name():
-    assert {heterogeneity.__name__, clients.__name__, privacy_sweep.__name__} <= set(_registered())
-
-
-def _registered():
-    from caravan.app.reproduction.runner import EXPERIMENTS
-
-    return EXPERIMENTS.values()
-
-
-def test_settings_files_are_shipped_beside_the_modules():
-    folder = Path(clients.__file__).parent / "settings"
-    assert {f"{name}.toml" for name in _TINY} <= {path.name for path in folder.iterdir()}

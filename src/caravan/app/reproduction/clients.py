@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from caravan.app.charts import Chart, Series
-from caravan.app.reproduction.federations import Away, difference, simulate
+from caravan.app.reproduction.federations import Away, difference, simulate, thinned
 from caravan.app.reproduction.findings import Findings, Table
 from caravan.app.reproduction.frame import Bench, counts
 from caravan.app.reproduction.trials import interval, seeds_text, spread
@@ -152,8 +152,8 @@ def _mean_curve(parts: Sequence[Mapping[str, Any]]) -> list[float]:
 def _curves(name: str, title: str, found: Mapping[str, Sequence[Mapping[str, Any]]]) -> Chart:
     series = []
     for each, parts in found.items():
-        curve = _mean_curve(parts)
-        series.append(Series(name=each, x=list(range(1, len(curve) + 1)), y=curve))
+        points = thinned(list(enumerate(_mean_curve(parts), start=1)))
+        series.append(Series(name=each, x=[number for number, _ in points], y=[recall for _, recall in points]))
     return Chart(
         name=name,
         title=title,

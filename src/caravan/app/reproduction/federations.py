@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -24,6 +24,7 @@ from caravan.model.retriever import Retriever
 from caravan.training.features import FeatureStore
 from caravan.training.trainer import Stage
 
+_Point = TypeVar("_Point")
 Away = Callable[[int, int], bool]  # of a client's place and a round's number, both as in `Part`
 
 
@@ -156,3 +157,9 @@ def settled(low: float, high: float, bound: float) -> str:
     if low <= bound <= high:
         return f"The interval holds {bound:g}, so these test queries do not settle it."
     return f"The interval is all on one side of {bound:g}."
+
+
+def thinned(points: Sequence[_Point], most: int = 20) -> list[_Point]:
+    """Keep so few of a curve's points that their marks can be told apart: every n-th, counted from the last."""
+    step = -(-len(points) // most)
+    return list(points[::-1][::step][::-1]) if points else []

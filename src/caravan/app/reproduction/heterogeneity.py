@@ -8,7 +8,7 @@ from typing import Any
 from caravan.app.charts import Chart, Series
 from caravan.app.learning import Experiment
 from caravan.app.reproduction.alone import local, own_places, personal
-from caravan.app.reproduction.federations import difference, simulate, unpacked
+from caravan.app.reproduction.federations import difference, simulate, thinned, unpacked
 from caravan.app.reproduction.findings import Findings, Table
 from caravan.app.reproduction.frame import BUNDLED, Bench, counts
 from caravan.app.reproduction.parts import some
@@ -16,7 +16,7 @@ from caravan.app.reproduction.trials import interval, seeds_text, spread
 from caravan.data.dataset import Dataset
 
 _COLUMNS = (
-    *("dealt", "method", "recall@1 %", "over seeds", "points to central", "95%", "own queries R@1 %"),
+    *("method", "recall@1 %", "over seeds", "points to central", "95%", "own queries R@1 %"),
     *("MB a round, all clients", "seconds"),
 )
 _NOTE = (
@@ -40,6 +40,7 @@ class Case:
         column: that names a query's client, in test too; None where it is drawn.
         methods: in order; of the settings' table, or "local" and "personal".
         part: what of the data set is used.
+        seeds: of the bench, as many as the settings give this case.
     """
 
     title: str
@@ -48,6 +49,7 @@ class Case:
     column: str | None
     methods: Sequence[str]
     part: Mapping[str, Any]
+    seeds: Sequence[int]
 
 
 Outcomes = dict[str, list[dict[str, Any]]]  # by method: one a seed
@@ -62,12 +64,12 @@ def run(bench: Bench) -> Findings:
         case = _case(bench, values)
         found.append((case, {method: _outcomes(bench, case, method) for method in case.methods}))
     return Findings(
-        tables=[_table(bench, case, outcomes) for case, outcomes in found],
+        tables=[_table(*each, note=_note(bench) if each is found[0] else "") for each in found],
         charts=[
             *(_curves(number, case, outcomes) for number, (case, outcomes) in enumerate(found, start=1)),
             _losses(found),
         ],
-        notes=[f"Seeds {seeds_text(bench.seeds)}: they deal, order and draw; real shops are dealt as they are."],
+        notes=["Seeds deal, order and draw; real shops are dealt as they are."],
     )
 
 
@@ -76,6 +78,7 @@ def _case(bench: Bench, values: Mapping[str, Any]) -> Case:
     part: dict[str, Any] = {name: values.get(name) for name in ("classes", "train", "test")}
     part["validation"] = settings["validation"]
     dataset = bench.dataset(values["data"], **part)
+    seeds = bench.seeds[: values.get("seeds", len(bench.seeds))]
     column = values.get("column")
     if column:
         dealt = f"by {column}, {len({example.columns[column] for example in dataset.train})} clients"
@@ -88,7 +91,7 @@ def _case(bench: Bench, values: Mapping[str, Any]) -> Case:
             "federation.clients": values["clients"],
         }
     changes |= {"training.mode": "head", "training.head.epochs": values["epochs"]}
-    return Case(f"{values['data']}, {dealt}", dataset, changes, column, values["methods"], part)
+    return Case(f"{values['data']}, {dealt}", dataset, changes, column, values["methods"], part, seeds)
 
 
 def _outcomes(bench: Bench, case: Case, method: str) -> list[dict[str, Any]]:
@@ -100,7 +103,7 @@ def _outcomes(bench: Bench, case: Case, method: str) -> list[dict[str, Any]]:
             lambda seed=seed: _measured(bench, case, method, changes, seed),
             matters=matters,
         )
-        for seed in bench.seeds
+        for seed in case.seeds
     ]
 
 
@@ -136,8 +139,13 @@ def _measured(bench: Bench, case: Case, method: str, changes: Mapping[str, Any],
     }
 
 
-def _table(bench: Bench, case: Case, outcomes: Outcomes) -> Table:
-    settings, central = bench.settings, outcomes["central"]
+def _note(bench: Bench) -> str:
+    settings = bench.settings
+    return _NOTE.format(share=settings["validation"], drawn=settings["local_test"], own=settings["own_queries"])
+
+
+def _table(case: Case, outcomes: Outcomes, *, note: str) -> Table:
+    central = outcomes["central"]
     rows = []
     for method, parts in outcomes.items():
         tests = [100 * part["test"] for part in parts if part.get("test") is not None]
@@ -147,14 +155,14 @@ def _table(bench: Bench, case: Case, outcomes: Outcomes) -> Table:
         sent = parts[0].get("bytes")
         rows.append(
             [
-                *(case.title, method, _mean(tests), spread(tests) if tests else ""),
+                *(method, _mean(tests), spread(tests) if tests else ""),
                 *((f"{gap[0]:+.2f}", interval(*gap[1:])) if gap else (_behind(tests, central), "")),
                 *(_mean(own), f"{sent / 1e6:,.1f}" if sent else ""),
                 f"{statistics.mean(part['seconds'] for part in parts):.1f}",
             ]
         )
-    note = _NOTE.format(share=settings["validation"], drawn=settings["local_test"], own=settings["own_queries"])
-    return Table(title=f"{case.title} ({counts(case.dataset)})", columns=_COLUMNS, rows=rows, note=note)
+    title = f"{case.title} ({counts(case.dataset)}; seeds {seeds_text(case.seeds)})"
+    return Table(title=title, columns=_COLUMNS, rows=rows, note=note)
 
 
 def _behind(tests: Sequence[float], central: Sequence[Mapping[str, Any]]) -> str:
@@ -171,15 +179,10 @@ def _curves(number: int, case: Case, outcomes: Outcomes) -> Chart:
     series = []
     for method, parts in outcomes.items():
         if "curve" in parts[0]:
-            curves = [part["curve"] for part in parts]
-            series.append(
-                Series(
-                    name=method,
-                    x=[point[0] for point in curves[0]],
-                    y=[100 * statistics.mean(points) for points in zip(*map(_recalls, curves), strict=True)],
-                    dashed=method == "central",
-                )
-            )
+            passes = [place for place, _ in parts[0]["curve"]]
+            points = thinned(list(zip(passes, _mean_curve(parts), strict=True)))
+            x, y = [place for place, _ in points], [recall for _, recall in points]
+            series.append(Series(name=method, x=x, y=y, dashed=method == "central"))
     return Chart(
         name=f"curves-{number}",
         title=case.title,
@@ -190,8 +193,10 @@ def _curves(number: int, case: Case, outcomes: Outcomes) -> Chart:
     )
 
 
-def _recalls(curve: Sequence[Sequence[float]]) -> list[float]:
-    return [recall for _, recall in curve]
+def _mean_curve(parts: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Validation recall along the passes in percent, mean over seeds."""
+    curves = [[recall for _, recall in part["curve"]] for part in parts]
+    return [100 * statistics.mean(values) for values in zip(*curves, strict=True)]
 
 
 def _losses(found: Sequence[tuple[Case, Outcomes]]) -> Chart:
@@ -204,7 +209,7 @@ def _losses(found: Sequence[tuple[Case, Outcomes]]) -> Chart:
             tests = [part["test"] for part in outcomes.get(method, ()) if part.get("test") is not None]
             if tests:
                 central = statistics.mean(part["test"] for part in outcomes["central"])
-                places.append(case.title.replace(", ", "\n"))
+                places.append(case.title.replace(", ", "\n").replace("_", "\n"))
                 values.append(100 * (central - statistics.mean(tests)))
         if values:
             series.append(Series(name=method, x=places, y=values))
