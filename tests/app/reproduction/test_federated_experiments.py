@@ -125,6 +125,7 @@ def test_the_papers_noise_is_never_called_private(chapters):
     loss, guarantee = chapters["privacy"].findings.claims
     assert guarantee.verdict == "not confirmed"
     assert guarantee.ours.startswith("epsilon infinity")
+    assert loss.verdict == "not testable here"
     assert "AG News is not here" in loss.reason
     rows = {row[2]: row for row in chapters["privacy"].findings.tables[0].rows}
     assert rows["paper"][3] == "infinity"

@@ -114,7 +114,8 @@ class _Warm:
         if self.cold:
             self.cold = False
             few = replace(dataset, train=dataset.train[:64], test=dataset.test[:1])
-            changes = {"federation.clients": 1, **_epochs(1, 1, "adapter")}
+            mode = "adapter" if self.bench.settings["adapter_clients"] else "head"
+            changes = {"federation.clients": 1, "training.passages": 0, **_epochs(1, 1, mode)}
             simulate(self.bench, few, self.bench.config(0, changes), "warming up", cold=True)
 
 
@@ -189,17 +190,20 @@ def _table(bench: Bench, cells: Sequence[Cell]) -> Table:
 
 
 def _gap_claim(bench: Bench, cells: Sequence[Cell]) -> Claim:
-    worst = max(_last_stages(cells), key=lambda cell: cell.lost[0])
+    shown = _last_stages(cells)
+    named = [cell for cell in shown if cell.clients in PAPER_SPEED]
+    worst, worst_of_all = (max(some, key=lambda cell: cell.lost[0]) for some in (named or shown, shown))
     lost, low, high = worst.lost
     return Claim(
         says="5 federated rounds of 2 epochs rank as well as 10 central epochs, within 0.5 points",
         paper=f"< {PAPER_GAP} points",
         ours=f"at worst {lost:+.2f} points",
         interval=interval(low, high),
-        verdict=verdict(lost < PAPER_GAP),
+        verdict=verdict(lost < PAPER_GAP if named else None),
         reason=(
-            f"Of all data sets and numbers of clients the worst: {worst.stage}, {worst.clients} clients. "
-            f"{settled(low, high, PAPER_GAP)}"
+            f"The worst of all data sets with 2 and 3 clients, which the paper names: {worst.stage}, {worst.clients} "
+            f"clients. {settled(low, high, PAPER_GAP)} With any number of clients: {worst_of_all.lost[0]:+.2f}, "
+            f"{_name(worst_of_all)}, {worst_of_all.clients} clients."
         ),
         data=worst.data,
         seeds=seeds_text(bench.seeds),
