@@ -15,6 +15,7 @@ _PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#
 _SHAPES = ("o", "s", "^", "D", "v", "P", "X")  # and by shape where there is no colour at all
 _NO_MATPLOTLIB = "plots need matplotlib; install it with `pip install 'caravan[report]'`"
 
+_ROOM = 50  # letters of category names that fit side by side
 _GROUP = 0.8  # of the space of a category that its bars fill together
 
 Place = float | str  # on the x axis: a number, or a category's name
@@ -210,7 +211,9 @@ def _bars(axes: Any, chart: Chart) -> None:
             capsize=2,
             label=series.name,
         )
-    axes.set_xticks(range(len(places)), places, parse_math=False)
+    crowded = sum(map(len, places)) > _ROOM
+    turned = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if crowded else {}
+    axes.set_xticks(range(len(places)), places, parse_math=False, **turned)
 
 
 def _shift(chart: Chart, number: int) -> float:
