@@ -1,5 +1,6 @@
 """Charts as plain records, and how they are drawn (the only place that imports matplotlib)."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -15,6 +16,7 @@ _PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#
 _SHAPES = ("o", "s", "^", "D", "v", "P", "X")  # and by shape where there is no colour at all
 _NO_MATPLOTLIB = "plots need matplotlib; install it with `pip install 'caravan[report]'`"
 
+_ROOM = 50  # letters of category names that fit side by side
 _GROUP = 0.8  # of the space of a category that its bars fill together
 
 Place = float | str  # on the x axis: a number, or a category's name
@@ -143,7 +145,10 @@ def draw(chart: Chart, folder: Path) -> None:
         ConfigError: matplotlib is not installed.
         StorageError: a file cannot be written.
     """
-    figure = new_figure(5.4, 4.2)  # small, so that letters of 11 points are still 7 in a column of a page
+    # Narrow, so that letters of 11 points are still 7 in a column of a page; as high as what stands below asks for.
+    names = _legend_names(chart)
+    height = 3.7 + 0.22 * math.ceil(len(names) / _columns(names)) + 1.2 * _is_crowded(chart)
+    figure = new_figure(5.4, height)
     axes = figure.add_subplot()
     {"line": _lines, "scatter": _points, "bar": _bars}[chart.kind](axes, chart)
     for number, mark in enumerate(chart.paper):
@@ -194,6 +199,21 @@ def _with_interval(axes: Any, series: Series, number: int, *, fmt: str) -> None:
     )
 
 
+def _legend_names(chart: Chart) -> list[str]:
+    return [*(series.name for series in chart.series), *(mark.name for mark in chart.paper)]
+
+
+def _columns(names: Sequence[str]) -> int:
+    """How many names of the legend stand side by side."""
+    longest = max(map(len, names))
+    return 3 if longest <= 12 else 2 if longest <= 26 else 1
+
+
+def _is_crowded(chart: Chart) -> bool:
+    """Whether the categories' names must be turned."""
+    return chart.kind == "bar" and sum(map(len, _categories(chart))) > _ROOM
+
+
 def _bars(axes: Any, chart: Chart) -> None:
     places = _categories(chart)
     width = _GROUP / len(chart.series)
@@ -210,7 +230,8 @@ def _bars(axes: Any, chart: Chart) -> None:
             capsize=2,
             label=series.name,
         )
-    axes.set_xticks(range(len(places)), places, parse_math=False)
+    turned = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if _is_crowded(chart) else {}
+    axes.set_xticks(range(len(places)), places, parse_math=False, **turned)
 
 
 def _shift(chart: Chart, number: int) -> float:
@@ -235,17 +256,16 @@ def _mark(axes: Any, chart: Chart, mark: Mark, number: int) -> None:
 
 def _legend(figure: Any, axes: Any, chart: Chart) -> None:
     """Ours in their order, then the paper's; none where there is nothing to tell apart."""
-    names = [*(series.name for series in chart.series), *(mark.name for mark in chart.paper)]
+    names = _legend_names(chart)
     if len(names) < 2:
         return
     handles, labels = axes.get_legend_handles_labels()
     ordered = sorted(range(len(labels)), key=lambda place: names.index(labels[place]))
-    columns = 3 if max(map(len, names)) <= 12 else 2 if max(map(len, names)) <= 26 else 1
     legend = figure.legend(
         [handles[place] for place in ordered],
         [labels[place] for place in ordered],
         loc="outside lower center",
-        ncols=columns,
+        ncols=_columns(names),
         fontsize=11,
         frameon=False,
     )

@@ -144,11 +144,11 @@ def _chart(bench: Bench, name: str, mode: Mode, sweep: Sweep, automatic: Sequenc
     most = _best(sweep)[1]
     series = [
         Series(
-            name=f"mean of seeds {seeds_text(bench.seeds)}",
+            name=f"seed {bench.seeds[0]}" if len(bench.seeds) == 1 else f"seeds {seeds_text(bench.seeds)}: mean, range",
             x=list(each),
             y=[statistics.mean(values) for values in each.values()],
-            low=[min(values) for values in each.values()],
-            high=[max(values) for values in each.values()],
+            low=[min(values) for values in each.values()] if len(bench.seeds) > 1 else None,
+            high=[max(values) for values in each.values()] if len(bench.seeds) > 1 else None,
         )
     ]
     marks = [Mark(name=f"{bench.settings['within']} points behind the best", y=most - bench.settings["within"])]

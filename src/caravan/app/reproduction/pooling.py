@@ -46,7 +46,7 @@ def run(bench: Bench) -> Findings:
     return Findings(
         claims=[_claim(bench, found, rows)],
         tables=[Table(title="Accuracy and time by pooling", columns=_COLUMNS, rows=rows, note=_NOTE)],
-        charts=_charts(found, settings["poolings"]),
+        charts=[_chart(data, found, settings["poolings"]) for data in dict.fromkeys(data for data, _, _ in found)],
     )
 
 
@@ -128,31 +128,29 @@ def _claim(bench: Bench, found: Outcomes, rows: Sequence[Sequence[str]]) -> Clai
     )
 
 
-def _charts(found: Outcomes, poolings: Sequence[str]) -> list[Chart]:
+def _chart(data: str, found: Outcomes, poolings: Sequence[str]) -> Chart:
+    names = list(dict.fromkeys(name for of, name, _ in found if of == data))
     series = []
-    places = list(dict.fromkeys((data, name) for data, name, _ in found))
     for pooling in poolings:
-        values = [recall_at_1(found[data, name, pooling]) for data, name in places]
+        values = [recall_at_1(found[data, name, pooling]) for name in names]
         series.append(
             Series(
                 name=pooling,
-                x=[f"{data}\n{name}" for data, name in places],
+                x=names,
                 y=[mean for mean, _, _ in values],
                 low=[low for _, low, _ in values],
                 high=[high for _, _, high in values],
             )
         )
-    return [
-        Chart(
-            name="recall",
-            title="Recall@1 by pooling, head alone",
-            kind="bar",
-            x_label="data and backbone",
-            y_label="recall@1, % of test queries",
-            series=series,
-            y_limits=(0, 100),
-        )
-    ]
+    return Chart(
+        name=data.replace("_", "-"),
+        title=f"{data}: recall@1 by pooling, head alone",
+        kind="bar",
+        x_label="backbone",
+        y_label="recall@1, % of test queries",
+        series=series,
+        y_limits=(0, 105),
+    )
 
 
 def _short(name: str) -> str:

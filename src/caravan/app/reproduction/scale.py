@@ -13,7 +13,17 @@ from caravan.data.dataset import Dataset
 from caravan.model.backbone import load_backbone
 
 _COLUMNS = (
-    *("data", "backbone", "parameters", "weights", "paper", "head recall@1 %", "95%", "adapter recall@1 %", "95% "),
+    *(
+        "data",
+        "backbone",
+        "parameters",
+        "weights",
+        "paper",
+        "head recall@1 %",
+        "head 95%",
+        "adapter recall@1 %",
+        "adapter 95%",
+    ),
     *("adapter gains, points", "seeds", "seconds, head", "seconds, adapter"),
 )
 
@@ -114,9 +124,9 @@ def _claim(bench: Bench, found: Mapping[tuple[str, str, bool], Outcomes], rows: 
         ours=f"{ours} points, mean over the data",
         verdict=verdict(None),
         reason=(
-            f"A question, not a claim. Nothing above {max(sizes.values()) / 1e6:,.0f} million parameters was "
-            "measured, and the small decoders were pretrained on children's stories, so size and pretraining cannot be "
-            "told apart; the notes say how to go on."
+            f"A question, not a claim. Nothing above {max(sizes.values()) / 1e6:,.0f} million parameters was measured"
+            + (", and models of other sizes were pretrained on other words" if len(sizes) > 1 else "")
+            + "; the notes say how to go on."
         ),
         data=listed(row[0] for row in rows),
         seeds=seeds_text(bench.seeds),
