@@ -17,6 +17,8 @@ from caravan.app.reproduction.ledgers import own_ledger
 from caravan.app.reproduction.privacy_sweep import Point, Setting, front, grid
 from caravan.app.reproduction.runner import Request, reproduce
 from caravan.config import BackboneConfig
+from caravan.errors import FederationError, TrainingError
+from caravan.federation.local import train_client
 from caravan.training.ledger import default_folder
 from command_line import write_table
 from tiny_models import make_tiny_bert
@@ -171,6 +173,18 @@ def test_away_clients_are_counted_and_missing_rounds_are_no_failure_of_the_run(c
     assert rows["all", "fedavg"][2] == "0"
     assert rows["one comes at half time", "fedavg"][2] == "2"  # rounds 1 and 2 of 4
     assert rows["away 30%", "fedavg"][2] == rows["away 30%", "fedadam"][2]
+
+
+def test_a_client_that_fails_is_no_client_that_is_away(tiny, monkeypatch):
+    def train_all_but_one(retriever, client, *rest, **options):
+        if client == "client-1":
+            raise TrainingError("the loss is nan")
+        return train_client(retriever, client, *rest, **options)
+
+    monkeypatch.setattr("caravan.app.learning.train_client", train_all_but_one)
+    changes = _TINY["clients"] | {"presences": {"all": {}}, "servers": {}, "presences_by_server": []}
+    with pytest.raises(FederationError, match="round 1, client-1: TrainingError: the loss is nan; repair it"):
+        reproduce(["clients"], replace(tiny, out=tiny.out / "broken", changes=changes))
 
 
 # By hand.

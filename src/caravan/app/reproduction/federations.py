@@ -24,6 +24,7 @@ from caravan.model.retriever import Retriever
 from caravan.training.features import FeatureStore
 from caravan.training.trainer import Stage
 
+_AWAY = "away in this round"
 _Point = TypeVar("_Point")
 Away = Callable[[int, int], bool]  # of a client's place and a round's number, both as in `Part`
 
@@ -41,7 +42,7 @@ class Simulation(Experiment):
 
     def _train_client(self, shard: Shard, received: dict[str, Tensor], part: Part) -> Update:
         if self.away is not None and self.away(part.place, part.number):
-            raise FederationError(f"{shard.name} is away in round {part.number}")
+            raise FederationError(_AWAY)
         started = time.perf_counter()
         update = super()._train_client(shard, received, part)  # its tensors are on the CPU: a GPU's work is done
         self.local_seconds.setdefault((part.stage, part.number), []).append(time.perf_counter() - started)
@@ -71,6 +72,10 @@ def simulate(
         By stage: `figures` of the test queries, "hits" (see `packed`), "seconds" of the stage, and of a federation its
         "rounds" (see `_round`); beside them "curve", pairs of epochs or rounds done and validation recall over all
         stages, and of a private training "guarantees", as in the retriever's record.
+
+    Raises:
+        CaravanError: see `Experiment`.
+        FederationError: a client that was there failed.
     """
     with TemporaryDirectory() if cold else nullcontext() as folder:
         store = bench.store if folder is None else FeatureStore(folder)
@@ -103,7 +108,15 @@ def _run(bench: Bench, experiment: Simulation) -> dict[str, Any]:
 
 
 def _round(report: Mapping[str, Any], local: Sequence[float]) -> dict[str, Any]:
-    """A round as kept: clients asked and missing, bytes, seconds of each client, of the server, and validation."""
+    """A round as kept: clients asked and missing, bytes, seconds of each client, of the server, and validation.
+
+    Raises:
+        FederationError: a client failed that was there: what the others came to is no result.
+    """
+    for failure in report["failures"]:
+        if not failure["reason"].endswith(_AWAY):
+            where = f"round {report['round']}, {failure['client']}"
+            raise FederationError(f"{where}: {failure['reason']}; repair it and start the experiment again")
     return {
         "asked": len(report["asked"]),
         "missing": len(report["failures"]),
