@@ -138,10 +138,7 @@ def _chart(found: Rows) -> Chart:
                 high=[high for _, _, high in values],
             )
         )
-    marks = [
-        Mark(name=f"paper, {method}: {figure}", y=figure, x="sms_spam", series=method)
-        for method, figure in PAPER.items()
-    ]
+    marks = [Mark(name="paper (SMS spam)", y=figure, x="sms_spam", series=method) for method, figure in PAPER.items()]
     return Chart(
         name="recall",
         title="Recall@1 by method (bars: 95% interval)",
