@@ -1,6 +1,7 @@
 """Charts as plain records, and how they are drawn (the only place that imports matplotlib)."""
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -16,7 +17,7 @@ _PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#
 _SHAPES = ("o", "s", "^", "D", "v", "P", "X")  # and by shape where there is no colour at all
 _NO_MATPLOTLIB = "plots need matplotlib; install it with `pip install 'caravan[report]'`"
 
-_ROOM = 50  # letters of category names that fit side by side
+_ROOM = 50  # letters that fit side by side below the x axis
 _GROUP = 0.8  # of the space of a category that its bars fill together
 
 Place = float | str  # on the x axis: a number, or a category's name
@@ -151,8 +152,10 @@ def draw(chart: Chart, folder: Path) -> None:
     figure = new_figure(5.4, height)
     axes = figure.add_subplot()
     {"line": _lines, "scatter": _points, "bar": _bars}[chart.kind](axes, chart)
+    looks = list(dict.fromkeys(mark.name for mark in chart.paper))
     for number, mark in enumerate(chart.paper):
-        _mark(axes, chart, mark, number)
+        first = mark.name not in [earlier.name for earlier in chart.paper[:number]]
+        _mark(axes, chart, mark, looks.index(mark.name), label=mark.name if first else None)
     if chart.log_x:
         axes.set_xscale("log")
     if chart.log_y:
@@ -200,7 +203,7 @@ def _with_interval(axes: Any, series: Series, number: int, *, fmt: str) -> None:
 
 
 def _legend_names(chart: Chart) -> list[str]:
-    return [*(series.name for series in chart.series), *(mark.name for mark in chart.paper)]
+    return list(dict.fromkeys([*(series.name for series in chart.series), *(mark.name for mark in chart.paper)]))
 
 
 def _columns(names: Sequence[str]) -> int:
@@ -211,7 +214,13 @@ def _columns(names: Sequence[str]) -> int:
 
 def _is_crowded(chart: Chart) -> bool:
     """Whether the categories' names must be turned."""
-    return chart.kind == "bar" and sum(map(len, _categories(chart))) > _ROOM
+    names = _wrapped(_categories(chart)) if chart.kind == "bar" else []
+    return any(len(line) > _ROOM // len(names) + 1 for name in names for line in name.split("\n"))
+
+
+def _wrapped(names: Sequence[str]) -> list[str]:
+    """Category names broken between words, so that they fit side by side."""
+    return [textwrap.fill(name, max(6, _ROOM // len(names)), break_long_words=False) for name in names]
 
 
 def _bars(axes: Any, chart: Chart) -> None:
@@ -230,8 +239,11 @@ def _bars(axes: Any, chart: Chart) -> None:
             capsize=2,
             label=series.name,
         )
-    turned = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"} if _is_crowded(chart) else {}
-    axes.set_xticks(range(len(places)), places, parse_math=False, **turned)
+    if _is_crowded(chart):
+        turned = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
+        axes.set_xticks(range(len(places)), places, parse_math=False, **turned)
+    else:
+        axes.set_xticks(range(len(places)), _wrapped(places), parse_math=False)
 
 
 def _shift(chart: Chart, number: int) -> float:
@@ -239,10 +251,11 @@ def _shift(chart: Chart, number: int) -> float:
     return (number - (len(chart.series) - 1) / 2) * _GROUP / len(chart.series)
 
 
-def _mark(axes: Any, chart: Chart, mark: Mark, number: int) -> None:
+def _mark(axes: Any, chart: Chart, mark: Mark, number: int, *, label: str | None) -> None:
+    """Draw a mark, in the look of its number; marks of one name have one look and one line in the legend."""
     if mark.x is None:
         style = ("--", ":", "-.")[number % 3]
-        axes.axhline(mark.y, color=INK, linewidth=1.4, linestyle=style, label=mark.name, zorder=1)
+        axes.axhline(mark.y, color=INK, linewidth=1.4, linestyle=style, label=label, zorder=1)
         return
     place = mark.x
     if chart.kind == "bar":
@@ -251,7 +264,7 @@ def _mark(axes: Any, chart: Chart, mark: Mark, number: int) -> None:
         place += 0.0 if mark.series is None else _shift(chart, names.index(mark.series))
     marker = ("*", "d", "p")[number % 3]
     style = {"color": INK, "markerfacecolor": "#f0e442", "markersize": 12, "linestyle": "none", "zorder": 5}
-    axes.plot([place], [mark.y], marker=marker, label=mark.name, **style)
+    axes.plot([place], [mark.y], marker=marker, label=label, clip_on=False, **style)
 
 
 def _legend(figure: Any, axes: Any, chart: Chart) -> None:

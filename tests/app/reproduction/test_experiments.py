@@ -259,6 +259,8 @@ def test_ctrl_c_keeps_what_was_measured_and_the_same_command_goes_on(tiny, tmp_p
 def test_wrong_names_settings_seeds_and_folders_are_told_in_one_line(tiny, tmp_path):
     check_refused(run("reproduce", "poling", "--out", tmp_path), "no experiment is called poling", "pooling")
     check_refused(run("reproduce", "scale", "--set", "x=1", "--out", tmp_path), "--set x", "head_epochs")
+    unknown = ["--data", tiny.data, "--set", 'datasets=["letters"]', "--out", tmp_path]
+    check_refused(run("reproduce", "retrieval", "--quick", *unknown), "adapter_epochs says nothing of letters")
     check_refused(run("reproduce", "scale", "--data", tmp_path / "no", "--out", tmp_path), "no such folder")
     check_refused(run("reproduce", "report", "--out", tmp_path), "no experiment was run")
     check_refused(run("reproduce", "scale", "--seeds", "one", "--out", tmp_path), "whole numbers", code=2)

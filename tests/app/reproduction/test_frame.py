@@ -219,6 +219,16 @@ def test_an_unknown_experiment_or_setting_is_told_with_those_there_are(tmp_path)
         prepare("pooling", Request(out=tmp_path, changes={"epoch": 3}))
 
 
+@pytest.mark.parametrize("value", ["many", True, 2.5, [3]])
+def test_a_setting_of_another_kind_is_refused(tmp_path, value):
+    with pytest.raises(ConfigError, match=r"--set head_epochs=.*: pooling needs a value like 30"):
+        prepare("pooling", Request(out=tmp_path, changes={"head_epochs": value}))
+
+
+def test_a_whole_number_will_do_for_a_fraction(tmp_path):
+    assert prepare("learning-rate", Request(out=tmp_path, changes={"within": 1})).settings["within"] == 1
+
+
 def test_the_command_of_a_chapter_repeats_the_request(tmp_path):
     request = Request(
         out=tmp_path,

@@ -119,7 +119,7 @@ def good_rates(sweep: Sweep, within: float) -> list[float]:
     return sorted(kept)
 
 
-def _default(bench: Bench, mode: Mode) -> float:
+def _default(bench: Bench, mode: Mode) -> Any:
     return getattr(bench.config(0).training, mode).learning_rate
 
 
@@ -133,7 +133,7 @@ def _row(
     return [
         f"{dataset.name}: {len(dataset.train):,} train, {len(dataset.test):,} validation",
         *(mode, f"{len(sweep)}: {min(sweep):g} to {max(sweep):g}", f"{best:g}", f"{most:.2f}"),
-        *(f"{good[0]:g} to {good[-1]:g}", f"{good[-1] / good[0]:.0f}", f"{default:g}", at_default),
+        *(f"{good[0]:g} to {good[-1]:g}", f"{good[-1] / good[0]:.0f}", str(default), at_default),
         *(found or "not measured", "" if automatic is None else f"{most - _recall(automatic):+.2f}", "-"),
         *(seeds_text(bench.seeds), bench.backbone.name),
     ]

@@ -13,6 +13,7 @@ from caravan.app.reproduction.retrieval_claims import PAPER, Rows, claims
 from caravan.app.reproduction.spam import Spam
 from caravan.app.reproduction.trials import figures, interval, recall_at_1, seeds_text, spread, train
 from caravan.data.dataset import Dataset
+from caravan.errors import ConfigError
 from caravan.model.adapter import IdentityAdapter
 from caravan.model.encoder import Encoder
 from caravan.training.baselines import centroids, mips, nearest_neighbour
@@ -41,7 +42,7 @@ def run(bench: Bench) -> Findings:
 
 
 def _measure(bench: Bench, name: str, found: Rows) -> None:
-    settings = bench.settings
+    settings, epochs = bench.settings, _epochs(bench, name)
     dataset = bench.dataset(
         name, classes=settings.get("classes"), train=settings.get("train"), test=settings.get("test")
     )
@@ -51,7 +52,7 @@ def _measure(bench: Bench, name: str, found: Rows) -> None:
             found[name, method] = [{**outcome, "data": counts(dataset)}]
     small = replace(dataset, train=some(dataset.train, settings["adapter_train"], 0))
     whole = len(small.train) == len(dataset.train)
-    recipe = {**what, "head_epochs": settings["head_epochs"], "adapter_epochs": settings["adapter_epochs"][name]}
+    recipe = {**what, "head_epochs": settings["head_epochs"], "adapter_epochs": epochs}
     for seed in bench.seeds:
         if not whole:
             key = f"{name}/head/seed {seed}"
@@ -62,6 +63,13 @@ def _measure(bench: Bench, name: str, found: Rows) -> None:
         method = "classifier alone" if whole else f"classifier alone, {len(small.train):,} queries"
         found.setdefault((name, method), []).append({**outcome["head"], "data": counts(small)})
         found.setdefault((name, "adapter + classifier"), []).append({**outcome["adapter"], "data": counts(small)})
+
+
+def _epochs(bench: Bench, name: str) -> int:
+    epochs = bench.settings["adapter_epochs"]
+    if name not in epochs:
+        raise ConfigError(f"retrieval: adapter_epochs says nothing of {name}; add it with --set adapter_epochs=...")
+    return epochs[name]
 
 
 def _untrained(bench: Bench, dataset: Dataset) -> dict[str, Any]:
@@ -83,7 +91,7 @@ def _trained(bench: Bench, dataset: Dataset, seed: int, name: str, mode: str) ->
     changes = {
         "training.mode": mode,
         "training.head.epochs": bench.settings["head_epochs"],
-        "training.adapter.epochs": bench.settings["adapter_epochs"][name],
+        "training.adapter.epochs": _epochs(bench, name),
     }
     # Each training encodes what it needs itself, so that its seconds are those of somebody who begins with it.
     store = FeatureStore() if len(dataset.train) <= bench.settings["adapter_train"] else bench.store
@@ -107,9 +115,7 @@ def _table(bench: Bench, found: Rows) -> Table:
                 f"{statistics.mean(seconds):.1f}" if trained else "-",
             ]
         )
-    epochs = ", ".join(
-        f"{name} {bench.settings['adapter_epochs'][name]}" for name in dict.fromkeys(name for name, _ in found)
-    )
+    epochs = ", ".join(f"{name} {_epochs(bench, name)}" for name in dict.fromkeys(name for name, _ in found))
     return Table(
         title="Who finds the document",
         columns=_COLUMNS,
@@ -138,10 +144,7 @@ def _chart(found: Rows) -> Chart:
                 high=[high for _, _, high in values],
             )
         )
-    marks = [
-        Mark(name=f"paper, {method}: {figure}", y=figure, x="sms_spam", series=method)
-        for method, figure in PAPER.items()
-    ]
+    marks = [Mark(name="paper (SMS spam)", y=figure, x="sms_spam", series=method) for method, figure in PAPER.items()]
     return Chart(
         name="recall",
         title="Recall@1 by method (bars: 95% interval)",

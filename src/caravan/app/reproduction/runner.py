@@ -101,12 +101,17 @@ def prepare(name: str, request: Request, report: Report | None = None) -> Bench:
     """Make an experiment's bench.
 
     Raises:
-        ConfigError: a setting is unknown.
+        ConfigError: a setting is unknown, or of another kind than the shipped one.
     """
     settings = read_settings(name, quick=request.quick)
     unknown = [key for key in request.changes or {} if key not in settings]
     if unknown:
         raise ConfigError(f"--set {unknown[0]}: {name} has no such setting; give one of {', '.join(sorted(settings))}")
+    for key, value in (request.changes or {}).items():
+        kinds = (int, float) if type(settings[key]) is float else (type(settings[key]),)
+        if type(value) not in kinds:  # a bool is no number here
+            like = _toml(settings[key])
+            raise ConfigError(f"--set {key}={_toml(value)}: {name} needs a value like {like}")
     settings |= request.changes or {}
     return Bench(
         name=name,
