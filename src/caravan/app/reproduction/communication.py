@@ -152,6 +152,7 @@ def _changes(bench: Bench) -> dict[str, Any]:
         "federation.rounds": settings["rounds"],
         "training.head.epochs": settings["head_epochs"],
         "training.adapter.epochs": settings["adapter_epochs"],
+        "training.passages": settings["passages"],
     }
 
 
@@ -253,7 +254,7 @@ def _link_chart(sent: Sequence[Sent], links: Sequence[Link]) -> Chart:
     ]
     return Chart(
         name="links",
-        title="Seconds of a round by link (arithmetic from measured bytes)",
+        title="Seconds of a round by link, from measured bytes",
         kind="bar",
         x_label="each client's link to the server, latency one way",
         y_label="seconds of a round (logarithmic)",
@@ -263,7 +264,7 @@ def _link_chart(sent: Sequence[Sent], links: Sequence[Link]) -> Chart:
 
 
 def _bytes_chart(sent: Sequence[Sent]) -> Chart:
-    names = [one.name.replace(", ", "\n").replace("-", "-\n") for one in sent]
+    names = [one.name for one in sent]
     values = [one.mean(way) for one in sent for way in ("up", "down")]
     wide = max(values) > 20 * min(values)
     series = [

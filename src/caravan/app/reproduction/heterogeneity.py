@@ -209,7 +209,7 @@ def _losses(found: Sequence[tuple[Case, Outcomes]]) -> Chart:
             tests = [part["test"] for part in outcomes.get(method, ()) if part.get("test") is not None]
             if tests:
                 central = statistics.mean(part["test"] for part in outcomes["central"])
-                places.append(case.title.replace(", ", "\n").replace("_", "\n"))
+                places.append(case.title.replace("_", " "))
                 values.append(100 * (central - statistics.mean(tests)))
         if values:
             series.append(Series(name=method, x=places, y=values))
