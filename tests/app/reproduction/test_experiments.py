@@ -205,6 +205,23 @@ def test_a_training_that_diverges_counts_as_nothing_found(tiny, monkeypatch, tmp
     assert chapter.findings.tables[0].rows[0][4] == "0.00"
 
 
+def test_the_report_does_without_a_picture_that_is_gone(tiny, tmp_path):
+    changes = {**_TINY["learning-rate"], "modes": ["head"]}
+    reproduce(["learning-rate"], replace(tiny, out=tmp_path, changes=changes))
+    (tmp_path / "learning-rate" / "letters-head.svg").unlink()
+    runner.write_report(tmp_path)
+    assert "no picture (No such file or directory)" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_chart_that_is_no_longer_drawn_is_removed(tiny, tmp_path):
+    changes = {**_TINY["learning-rate"], "modes": ["head"]}
+    reproduce(["learning-rate"], replace(tiny, out=tmp_path, changes=changes))
+    (tmp_path / "learning-rate" / "mine.png").touch()
+    reproduce(["learning-rate"], replace(tiny, out=tmp_path, changes={**changes, "datasets": ["sms_spam"]}))
+    names = sorted(path.name for path in (tmp_path / "learning-rate").iterdir())
+    assert names == ["mine.png", "results.json", "sms-spam-head.png", "sms-spam-head.svg", "table.md"]
+
+
 def test_without_any_data_the_bundled_corpus_is_used(tiny, tmp_path):
     changes = {"models": [], "head_epochs": 1, "train": 20, "test": 10, "classes": 3, "poolings": ["mean", "last"]}
     (chapter,) = reproduce(["pooling"], replace(tiny, out=tmp_path, data=None, changes=changes))
