@@ -195,6 +195,20 @@ def test_good_rates_are_those_around_the_best_without_a_gap():
     assert learning_rate.good_rates(sweep, 2.0) == [1e-2, 1e-1, 1.0]
 
 
+@pytest.mark.parametrize(("chosen", "says"), [(0.899, "confirmed"), (0.897, "not confirmed")])
+def test_the_automatic_rate_is_held_against_the_best_of_the_sweep(tiny, tmp_path, monkeypatch, chosen, says):
+    recalls = {1e-3: 0.9, 1e-1: 0.8, "auto": chosen}
+    monkeypatch.setattr(learning_rate, "_measured", lambda bench, dataset, mode, rate, seed: _outcome(recalls[rate]))
+    changes = {**_TINY["learning-rate"], "modes": ["head"], "automatic": True}
+    (chapter,) = reproduce(["learning-rate"], replace(tiny, out=tmp_path, changes=changes))
+    (claim,) = chapter.findings.claims
+    assert claim.verdict == says
+    assert claim.ours.startswith(f"{100 * (0.9 - chosen):.2f} points behind")
+    row = dict(zip(chapter.findings.tables[0].columns, chapter.findings.tables[0].rows[0], strict=True))
+    assert row["automatic rate %"] == f"{100 * chosen:.2f}"
+    assert row["best rate"] == "0.001"
+
+
 def test_a_training_that_diverges_counts_as_nothing_found(tiny, monkeypatch, tmp_path):
     def diverged(*_, **__):
         raise TrainingError("the loss is nan")
@@ -203,6 +217,23 @@ def test_a_training_that_diverges_counts_as_nothing_found(tiny, monkeypatch, tmp
     changes = {**_TINY["learning-rate"], "modes": ["head"]}
     (chapter,) = reproduce(["learning-rate"], replace(tiny, out=tmp_path, changes=changes))
     assert chapter.findings.tables[0].rows[0][4] == "0.00"
+
+
+def test_the_report_does_without_a_picture_that_is_gone(tiny, tmp_path):
+    changes = {**_TINY["learning-rate"], "modes": ["head"]}
+    reproduce(["learning-rate"], replace(tiny, out=tmp_path, changes=changes))
+    (tmp_path / "learning-rate" / "letters-head.svg").unlink()
+    runner.write_report(tmp_path)
+    assert "no picture (No such file or directory)" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_chart_that_is_no_longer_drawn_is_removed(tiny, tmp_path):
+    changes = {**_TINY["learning-rate"], "modes": ["head"]}
+    reproduce(["learning-rate"], replace(tiny, out=tmp_path, changes=changes))
+    (tmp_path / "learning-rate" / "mine.png").touch()
+    reproduce(["learning-rate"], replace(tiny, out=tmp_path, changes={**changes, "datasets": ["sms_spam"]}))
+    names = sorted(path.name for path in (tmp_path / "learning-rate").iterdir())
+    assert names == ["mine.png", "results.json", "sms-spam-head.png", "sms-spam-head.svg", "table.md"]
 
 
 def test_without_any_data_the_bundled_corpus_is_used(tiny, tmp_path):

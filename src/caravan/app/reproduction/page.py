@@ -1,5 +1,6 @@
 """What the experiments found, as one page: report.html without any other file, and report.md."""
 
+from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -180,13 +181,10 @@ def _html_chapter(chapter: Chapter) -> str:
 
 def _figure(chapter: Chapter, name: str, title: str) -> str:
     """The picture itself inside the page: it can be sent as one file."""
-    from base64 import b64encode
-
-    path = chapter.folder / f"{name}.svg"
     try:
-        picture = b64encode(path.read_bytes()).decode("ascii")
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be read: {error.strerror}; run the experiment again") from None
+        picture = b64encode((chapter.folder / f"{name}.svg").read_bytes()).decode("ascii")
+    except OSError as error:  # removed by hand, or by a run of this experiment that ends right now
+        return f"<p class=note>{escape(title)}: no picture ({error.strerror}); repeat the command for it.</p>\n"
     return f'<figure><img alt="{escape(title)}" src="data:image/svg+xml;base64,{picture}"></figure>\n'
 
 

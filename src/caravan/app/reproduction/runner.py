@@ -90,9 +90,13 @@ def reproduce(names: Sequence[str], request: Request, *, report: Report | None =
     check_writable(request.out)
     chapters = []
     for bench in benches:
+        before = bench.results().get("findings", {}).get("charts", [])
         findings = import_module(EXPERIMENTS[bench.name]).run(bench)
+        make_folder(bench.folder)
+        for chart in findings.charts:  # before they are spoken of: another process may be writing the report
+            draw(chart, bench.folder)
         bench.keep(replace(findings, notes=[*findings.notes, *bench.notes]))
-        chapters.append(_write_chapter(bench.folder))
+        chapters.append(_write_chapter(bench.folder, [chart["name"] for chart in before]))
         write_report(request.out)
     return chapters
 
@@ -142,10 +146,12 @@ def write_report(out: Path) -> list[Chapter]:
     return chapters
 
 
-def _write_chapter(folder: Path) -> Chapter:
-    chapter = Chapter.read(make_folder(folder), read_results(folder))
-    for chart in chapter.findings.charts:
-        draw(chart, folder)
+def _write_chapter(folder: Path, before: Sequence[str]) -> Chapter:
+    """Write an experiment's table, and remove the charts that an earlier run drew and this one did not."""
+    chapter = Chapter.read(folder, read_results(folder))
+    for name in set(before) - {chart.name for chart in chapter.findings.charts}:
+        for ending in ("png", "svg"):
+            (folder / f"{name}.{ending}").unlink(missing_ok=True)
     with whole_file(folder / "table.md") as temporary:
         temporary.write_text(markdown_of(chapter), encoding="utf-8")
     return chapter
