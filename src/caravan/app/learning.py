@@ -204,14 +204,12 @@ class Experiment:
 
     def _clear_snapshots(self) -> None:
         for stage in _STAGES:
-            snapshots = self._snapshots(stage)
-            if snapshots is not None:
+            if (snapshots := self._snapshots(stage)) is not None:
                 snapshots.clear()
 
     def _check_snapshots(self) -> None:
         for stage in self.stages:
-            snapshots = self._snapshots(stage)
-            if snapshots is not None:
+            if (snapshots := self._snapshots(stage)) is not None:
                 snapshots.load()
 
     def _train(self, stage: Stage) -> list[dict[str, Any]]:
@@ -233,9 +231,8 @@ class Experiment:
     def _federate(self, stage: Stage) -> Standing:
         federation = self.config.federation
         rounds = min(federation.rounds, getattr(self.config.training, stage).epochs)
-        names = trained_names(self.retriever, stage)
         state = self.retriever.trainable_state()
-        standing = Standing({name: state[name] for name in names})
+        standing = Standing({name: state[name] for name in trained_names(self.retriever, stage)})
         if not rounds:
             return standing
         snapshots = self._snapshots(stage)
@@ -264,35 +261,38 @@ class Experiment:
         """Run what is left of a stage's rounds, on clients that are simulated here."""
         from caravan.federation.flower import run_federation
 
-        federation = self.config.federation
         shard_of = {shard.name: (place, shard) for place, shard in enumerate(self.shards)}
 
         def local_train(client: str, received: dict[str, Tensor], number: int) -> Update:
             place, shard = shard_of[client]
-            return train_client(
-                self.retriever,
-                client,
-                shard.examples,
-                self.config,
-                received,
-                part=Part(stage, number, rounds, place, len(self.shards)),
-                passages=self.passages,
-                proximal_mu=proximal_mu(federation),
-                store=self.store,
-                report=self.report,
-                privacy=self.budgets[client].steps(stage) if self.budgets else None,
-            )
+            return self._train_client(shard, received, Part(stage, number, rounds, place, len(self.shards)))
 
         run_federation(
             standing.tensors,
             list(shard_of),
             local_train,
             rounds=rounds,
-            settings=federation,
+            settings=self.config.federation,
             seed=self.config.seed,
             first_round=standing.round + 1,
             strategy=strategy,
             on_round=on_round,
+        )
+
+    def _train_client(self, shard: Shard, received: dict[str, Tensor], part: Part) -> Update:
+        """A client's work of a round."""
+        return train_client(
+            self.retriever,
+            shard.name,
+            shard.examples,
+            self.config,
+            received,
+            part=part,
+            passages=self.passages,
+            proximal_mu=proximal_mu(self.config.federation),
+            store=self.store,
+            report=self.report,
+            privacy=self.budgets[shard.name].steps(part.stage) if self.budgets else None,
         )
 
     def _validation_recall(self) -> float | None:
@@ -308,8 +308,8 @@ class Experiment:
     def _start(self) -> Retriever:
         """The untrained retriever: document vectors as rows or, centrally, class centroids where these rank better."""
         rows = starting_rows(self.dataset, self.config, self.backbone, self._vectors, federated=self.federated)
-        config = self.config
-        return Retriever.start(self.backbone, self.dataset.catalogue, rows, adapter=config.adapter, head=config.head)
+        adapter, head = self.config.adapter, self.config.head
+        return Retriever.start(self.backbone, self.dataset.catalogue, rows, adapter=adapter, head=head)
 
     def _vectors(self, encoder: Encoder, texts: Sequence[str], what: str) -> Tensor:
         return encode_with_progress(encoder, texts, self.store, self.report, task=f"encoding {what}")
