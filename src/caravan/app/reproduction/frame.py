@@ -69,8 +69,8 @@ class Bench:
             key: says to people what it is, e.g. "sms_spam/adapter/seed 1".
             work: measures; gives plain values (JSON).
             matters: all settings that change the result, as plain values: with others it is measured anew, and the
-                old one stays. None: all settings of the experiment. The backbone always matters, the device does not, as
-                each measure says its machine; a seed does not unless it is in here or in the key.
+                old one stays. None: all settings of the experiment. The backbone always matters; the device does not,
+                as each measure says its machine; a seed does not unless it is in here or in the key.
 
         Returns:
             The plain values, and "seconds" that `work` took unless it has given its own.
