@@ -81,7 +81,7 @@ def key(name: str, mode: str, seed: int, rate: float | str) -> str:
 
 def table(runs: Mapping[str, Any]) -> str:
     """One line a data set and mode: the sweep's best and its good range beside the automatic choice, as Markdown."""
-    lines = ["| data, mode | seeds | best of sweep | at | within 0.2 points | default | automatic | at | against best |"]
+    lines = ["| data, mode | seeds | best of sweep | at | within 0.2 | default | automatic | at | against best |"]
     lines.append("|---|---:|---:|---:|---|---:|---:|---:|---:|")
     for name in SETS:
         for mode in MODES:

@@ -14,8 +14,8 @@ by clip(g_i) + z, with
 - ||E clip(g_i) - ∇f_i|| <= beta,
 - z Gaussian with E ||z||² = nu² (d numbers of standard deviation noise multiplier · clip / batch each).
 
-Let a = 1, n = 3 without clipping bias (beta = 0) and a = 2, n = 4 with it, and kappa = n eta² L² tau (tau - 1). If eta L
-<= 1 and kappa <= 1/4, the average x over owners obeys
+Let a = 1, n = 3 without clipping bias (beta = 0) and a = 2, n = 4 with it, and kappa = n eta² L² tau (tau - 1). If
+eta L <= 1 and kappa <= 1/4, the average x over owners obeys
 
     mean_t E ||∇f(x_t)||² <= c · (descent + variance + drift + clipping + noise),    c = 1 / (1 - a kappa / (1 - kappa))
 
@@ -26,11 +26,17 @@ Let a = 1, n = 3 without clipping bias (beta = 0) and a = 2, n = 4 with it, and 
     noise    = nu² (eta L Σ w_i² + a eta² L² (tau - 1) / (1 - kappa))
 
 Proof. With h = Σ w_i ∇f_i(x_i) and b the mean bias, smoothness and 2⟨u, v⟩ = ||u||² + ||v||² - ||u - v||² give, for
-eta L <= 1, E f(x_{t+1}) <= f(x_t) - eta/2 ||∇f||² + eta/2 ||∇f - h - b||² + eta² L/2 (sigma² + nu²) Σ w_i², and ||∇f - h
-- b||² <= a (L² V + beta²) with V = Σ w_i ||x_i - x||². V is at most D_k, the mean squared distance that owners have gone
-after k steps of a round, and D_k <= 2 eta² k (sigma² + nu²) + 2 n eta² k Σ_{j<k} (L² D_j + zeta² + beta² + ||∇f(x_j)||²).
-Summed over a round, Σ D <= eta² tau (tau - 1) (sigma² + nu²) + n eta² tau (tau - 1) Σ_j (...); solve for it, insert it.
-With one local step nothing drifts, and c = 1.
+eta L <= 1,
+
+    E f(x_{t+1}) <= f(x_t) - eta/2 ||∇f||² + eta/2 ||∇f - h - b||² + eta² L/2 (sigma² + nu²) Σ w_i²
+
+and ||∇f - h - b||² <= a (L² V + beta²) with V = Σ w_i ||x_i - x||². V is at most D_k, the mean squared distance that
+owners have gone after k steps of a round, and
+
+    D_k <= 2 eta² k (sigma² + nu²) + 2 n eta² k Σ_{j<k} (L² D_j + zeta² + beta² + ||∇f(x_j)||²).
+
+Summed over a round, Σ D <= eta² tau (tau - 1) (sigma² + nu²) + n eta² tau (tau - 1) Σ_j (...): solve for Σ D and insert
+it. With one local step nothing drifts, and c = 1.
 """
 
 import math
@@ -132,8 +138,8 @@ def largest_rate(ingredients: Ingredients) -> float:
 def best_rate(ingredients: Ingredients, steps: int) -> float:
     """Give the eta that balances descent against variance and noise over T steps, within what is allowed.
 
-    √(2 gap / (T L (sigma² + nu²) Σ w_i²)): with it the bound falls as 1 / √T; without any noise the rate is the largest,
-    and the bound falls as 1 / T.
+    √(2 gap / (T L (sigma² + nu²) Σ w_i²)): with it the bound falls as 1 / √T. Without variance and noise the rate is
+    the largest that is allowed, and the bound falls as 1 / T.
     """
     random = ingredients.smoothness * (ingredients.variance + ingredients.noise) * ingredients.owners
     balanced = math.sqrt(2 * ingredients.gap / (steps * random)) if random else math.inf

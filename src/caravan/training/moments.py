@@ -128,7 +128,9 @@ def gradient_diversity(gradients: Sequence[Mapping[str, Tensor]], weights: Seque
         TrainingError: there is no owner, or not one weight each.
     """
     if not gradients or len(gradients) != len(weights) or min(weights) <= 0:
-        raise TrainingError(f"{len(gradients)} gradients and weights {list(weights)}; give one above 0 for each of them")
+        raise TrainingError(
+            f"{len(gradients)} gradients and weights {list(weights)}; give one above 0 for each of them"
+        )
     whole = sum(weights)
     shares = [weight / whole for weight in weights]
     mean: Direction = {}

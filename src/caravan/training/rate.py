@@ -14,8 +14,9 @@ from caravan.training.landscape import Direction, Landscape, inner
 from caravan.training.progress import Progress, Report
 from caravan.training.stages import Stage
 
-_MOST_BATCHES, _FEWEST_BATCHES = 16, 4
-_STEPS_A_BATCH = 50  # a batch costs about three steps of training: so some per cent of it
+_MOST_BATCHES, _FEWEST_BATCHES = 32, 4  # Adam's first moment averages over as much noise as 19 batches in a half would
+_STEPS_A_BATCH = 40  # of training: a batch costs about two steps, so some per cent of it
+_CURVED = 4  # one batch in so many is curved along: the direction needs many, its curvature few
 _SHARE = 0.5  # of the best step: three quarters of what it gains, with the whole distance to where the gain is gone
 _TINY = 1e-8  # Adam's epsilon
 
@@ -87,12 +88,12 @@ def choose_rates(
 ) -> Choice:
     """Choose the peak rates that a stage's settings leave open ("auto"), where the retriever stands.
 
-    A step of size eta along s changes the loss by -eta g·s + eta²/2 sᵀHs, least at eta* = g·s / sᵀHs; the choice is half
-    of it. s is the direction in which Adam moves a parameter group: the mean gradient over the root of the mean squared
-    gradient, number by number (arXiv:1412.6980); for plain SGD it is the mean gradient. This takes the place of 1 / L in
-    the descent lemma (`convergence.largest_rate`): L is the curvature of the worst direction, in a geometry in which
-    Adam does not move. The batches are halved; each half gives the direction, the other g and H, because a direction
-    that knows its own batches' noise takes it for slope.
+    A step of size eta along s changes the loss by -eta g·s + eta²/2 sᵀHs, least at eta* = g·s / sᵀHs; the choice is
+    half of it. s is the direction in which Adam moves a parameter group: the mean gradient over the root of the mean
+    squared gradient, number by number (arXiv:1412.6980); for plain SGD it is the mean gradient. This takes the place of
+    1 / L in the descent lemma (`convergence.largest_rate`): L is the curvature of the worst direction, in a geometry in
+    which Adam does not move. The batches are halved; each half gives the direction, the other g and H, because a
+    direction that knows its own batches' noise takes it for slope.
 
     Args:
         retriever: adapter and head at the start of the stage, unchanged.
@@ -111,7 +112,8 @@ def choose_rates(
     landscape = Landscape(retriever, examples, stage, config, passages=passages, seed=seed, store=store, report=report)
     try:
         halves = _halves(landscape, getattr(config, stage).epochs)
-        total = 3 * sum(map(len, halves))
+        curved = [half[: max(1, len(half) // _CURVED)] for half in halves]
+        total = sum(map(len, halves)) + 2 * sum(map(len, curved))
         done = 0
 
         def advance(count: int) -> None:
@@ -125,14 +127,14 @@ def choose_rates(
             looked.append([landscape.slope([batch]) for batch in half])
             advance(len(half))
         slopes, curvatures = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
-        for half, own, other in ((halves[0], *looked), (halves[1], *reversed(looked))):
+        for part, own, other in ((curved[0], *looked), (curved[1], *reversed(looked))):
             gradient = _mean([one for _, one in own])
             direction = _direction([one for _, one in other], config.optimizer)
             for name in names:
                 along = _of_group(direction, stage, name)
                 slopes[name] += inner(gradient, along) / 2
-                curvatures[name] += inner(along, landscape.curve(along, half)) / 2
-            advance(2 * len(half))
+                curvatures[name] += inner(along, landscape.curve(along, part)) / 2
+            advance(2 * len(part))
         losses = [loss for half in looked for loss, _ in half]
     finally:
         landscape.close()
@@ -168,9 +170,7 @@ def _direction(gradients: Sequence[Direction], optimizer: str) -> Direction:
 def _of_group(direction: Direction, stage: Stage, name: str) -> Direction:
     """The part of a direction that one rate moves, 0 elsewhere."""
     head = stage == "head" or name == "head_learning_rate"
-    return {
-        own: part if own.startswith("head.") == head else torch.zeros_like(part) for own, part in direction.items()
-    }
+    return {own: part if own.startswith("head.") == head else torch.zeros_like(part) for own, part in direction.items()}
 
 
 def _line(slope: float, curvature: float, stage: Stage, name: str) -> Line:
