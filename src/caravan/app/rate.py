@@ -6,6 +6,7 @@ from typing import Any
 
 from caravan.config import Config
 from caravan.data.records import Example
+from caravan.errors import ConfigError
 from caravan.model.retriever import Retriever
 from caravan.training.checkpoint import Checkpoint, Snapshot
 from caravan.training.features import FeatureStore
@@ -42,10 +43,17 @@ def settle_rates(
         The settings, and how the rates came about; nothing where none was open.
 
     Raises:
+        ConfigError: there is nothing to choose on.
         StorageError: what was kept cannot be trusted.
     """
-    if not automatic(config.training, stage):
+    names = automatic(config.training, stage)
+    if not names:
         return config, {}
+    if not examples and not passages:
+        raise ConfigError(
+            f'training.{stage}.{names[0]} = "auto" is chosen on passages of documents, as clients keep their queries, '
+            f"and there are none (training.passages = {config.training.passages}); set it to a number"
+        )
     snapshot = kept.load() if kept else None
     if snapshot is None:
         choice = choose_rates(
