@@ -7,16 +7,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from caravan.app.communication import TRAININGS
 from caravan.app.reproduction import central_vs_federated, communication
 from caravan.app.reproduction.alone import own_places
 from caravan.app.reproduction.clients import Presence, worst_fall
 from caravan.app.reproduction.communication import Link
 from caravan.app.reproduction.federations import difference, packed, settled, thinned, unpacked
-from caravan.app.reproduction.frame import read_results
+from caravan.app.reproduction.frame import read_results, read_settings
 from caravan.app.reproduction.ledgers import own_ledger
 from caravan.app.reproduction.privacy_sweep import Point, Setting, front, grid
 from caravan.app.reproduction.runner import Request, reproduce
-from caravan.config import BackboneConfig
+from caravan.config import BackboneConfig, changed, config_from_dict
 from caravan.errors import FederationError, TrainingError
 from caravan.federation.local import train_client
 from caravan.training.ledger import default_folder
@@ -283,3 +284,24 @@ def test_own_queries_are_of_clients_with_enough_in_train():
 
 def _asked():
     return zip(DATASET.test[:4], ("east", "north", "east", "west"), strict=True)
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_shipped_settings_name_only_what_there_is(quick):
+    uneven, presences, sent = (
+        read_settings(name, quick=quick) for name in ("heterogeneity", "clients", "communication")
+    )
+    for changes in (*uneven["methods"].values(), *presences["servers"].values()):
+        config_from_dict(changed({}, changes))
+    known = {"central", "fedavg", "local", "personal", *uneven["methods"]}
+    for case in uneven["cases"]:
+        assert known.issuperset(case["methods"])
+        assert case["methods"][0] == "central"  # what the others are held against
+    for changes in presences["presences"].values():
+        Presence(presences["clients"], presences["rounds"], **changes)
+    assert set(presences["presences_by_server"]) <= set(presences["presences"])
+    trainings = {f"{method}/{codec}" for method, codec in TRAININGS}
+    assert trainings.issuperset(sent["methods"])
+    drawn = [method for method in sent["methods"] if method in sent["drawn"]]
+    assert drawn
+    assert len(drawn) <= 7  # colours that can be told apart

@@ -4,7 +4,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from tempfile import TemporaryDirectory
-from unittest.mock import patch
+
+_VARIABLE = "CARAVAN_LEDGER"
 
 
 @contextmanager
@@ -13,5 +14,13 @@ def own_ledger() -> Iterator[None]:
 
     So one training's guarantee is its own alone, in whatever order and however often the experiment is run.
     """
-    with TemporaryDirectory() as folder, patch.dict(os.environ, {"CARAVAN_LEDGER": folder}):
-        yield
+    before = os.environ.get(_VARIABLE)
+    with TemporaryDirectory() as folder:
+        os.environ[_VARIABLE] = folder
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ[_VARIABLE]
+            else:
+                os.environ[_VARIABLE] = before
