@@ -23,6 +23,7 @@ from caravan.errors import CaravanError, ConfigError
 
 _TERMS = "CARAVAN_SERVE_TERMS"  # how a worker process learns what it serves
 _GRACE = 30  # seconds that requests may take to end once the service is told to stop
+_SILENCE = 30  # seconds without a sign after which a worker is taken for hung: 5 are too few while one imports torch
 
 
 def host(terms: Terms, address: str, port: int, *, workers: int) -> None:
@@ -79,6 +80,7 @@ def _config(app: "FastAPI | str", **options: object) -> uvicorn.Config:
         log_config=None,
         access_log=False,  # it would hold what stands in a path
         timeout_graceful_shutdown=_GRACE,
+        timeout_worker_healthcheck=_SILENCE,
         proxy_headers=False,  # else anybody could say to come from loopback
         server_header=False,
         **options,  # pyright: ignore[reportArgumentType]

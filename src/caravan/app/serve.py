@@ -22,10 +22,14 @@ def serve(
         typer.Option("--local-changes", help="Without a write key, let this machine itself change documents."),
     ] = False,
     mips: Annotated[bool, typer.Option("--mips", help="Keep plain vector search ready beside the retriever.")] = False,
-    workers: Annotated[int, typer.Option(min=1, max=64, help="Processes; each has its own copy of the head.")] = 1,
+    workers: Annotated[
+        int, typer.Option(min=1, max=64, help="Processes; they share the frozen weights, not the head.")
+    ] = 1,
     watch: Annotated[
         float | None,
-        typer.Option(min=0, help="Seconds between looks for a changed folder; 0: only on POST /reload. [0, or 1]"),
+        typer.Option(
+            min=0, help="Seconds between looks for a changed folder; 0: on POST /reload alone. With several workers 1."
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     max_batch: Annotated[int | None, typer.Option(help="Texts a forward pass at most.")] = None,
@@ -81,4 +85,7 @@ def serve(
     if print_openapi:
         typer.echo(json.dumps(hosting.application(terms).openapi(), indent=2))
         return
-    hosting.host(terms, host, port, workers=workers)
+    try:
+        hosting.host(terms, host, port, workers=workers)
+    except KeyboardInterrupt:  # told on, once every request was answered
+        raise typer.Exit(130) from None
