@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
+from caravan.app import bodies
 from caravan.app.access import Keys, read_keys
 from caravan.app.limits import Limits, Terms
 from caravan.app.metrics import Metrics
@@ -18,6 +19,7 @@ READ, WRITE = "read-key-of-16-characters", "write-key-of-16-characters"
 READER, WRITER = {"Authorization": f"Bearer {READ}"}, {"Authorization": f"Bearer {WRITE}"}
 KEYS = read_keys(None, {"CARAVAN_READ_KEYS": READ, "CARAVAN_WRITE_KEYS": WRITE}, local_changes=False)
 HERE = Keys(local_changes=True)
+BELL = {"doc_id": "bell", "title": "The bell", "text": "turn the ring to the left", "metadata": {"topic": "parts"}}
 
 
 def make(folder: Path, *, keys: Keys = HERE, limits: dict[str, Any] | None = None, **terms: Any) -> FastAPI:
@@ -39,3 +41,11 @@ def serving(folder: Path, **options: Any) -> Iterator[TestClient]:
     """`make` and `client_of` at once."""
     with client_of(make(folder, **options)) as client:
         yield client
+
+
+def refusal(response, status: int) -> str:
+    """The one line of an answer that refuses."""
+    assert response.status_code == status, response.text
+    value = bodies.ErrorAnswer.model_validate_json(response.text)
+    assert "\n" not in value.error
+    return value.error

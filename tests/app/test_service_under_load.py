@@ -1,7 +1,6 @@
 """Many clients at once, slow ones, and a model that changes under them."""
 
 import asyncio
-import shutil
 import threading
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -11,27 +10,10 @@ import httpx2
 import pytest
 
 from caravan.app.serving import Served
-from caravan.config import BackboneConfig
-from caravan.model.backbone import Backbone, load_backbone
+from caravan.model.backbone import Backbone
 from caravan.storage import load, save
 from saved_retrievers import DOCUMENTS, make_retriever
 from served import make
-from tiny_models import make_tiny_bert
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory) -> Backbone:
-    return load_backbone(BackboneConfig(name=str(make_tiny_bert(tmp_path_factory.mktemp("bert")))))
-
-
-@pytest.fixture(scope="module")
-def master(tmp_path_factory, bert) -> Path:
-    return save(make_retriever(bert), tmp_path_factory.mktemp("master") / "saved")
-
-
-@pytest.fixture
-def folder(tmp_path, master) -> Path:
-    return Path(shutil.copytree(master, tmp_path / "saved"))
 
 
 @asynccontextmanager
