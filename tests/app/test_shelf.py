@@ -145,13 +145,14 @@ class TestReload:
             refusal(client.post("/documents", json={"documents": [BELL]}), 503)
 
     def test_a_watched_folder_is_reloaded_by_itself_and_a_damaged_one_told_once(
-        self, folder: Path, bert: Backbone, caplog
+        self, folder: Path, tmp_path: Path, bert: Backbone, caplog
     ) -> None:
         caplog.set_level(logging.INFO, "caravan.service")
         with serving(folder, watch=0.01) as client:
             save(make_retriever(bert, DOCUMENTS[:2], seed=3), folder)
             _until(lambda: client.get("/info").json()["documents"] == 2)
-            (folder / "head.safetensors").write_bytes(b"no")
+            (tmp_path / "damaged").write_bytes(b"no")
+            (tmp_path / "damaged").replace(folder / "head.safetensors")
             _until(lambda: client.get("/health") and "reload refused" in [line.getMessage() for line in caplog.records])
             for _ in range(20):
                 assert client.get("/info").json()["documents"] == 2

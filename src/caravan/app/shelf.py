@@ -237,9 +237,10 @@ class Shelf:
 
 
 def stamp(folder: Path) -> object:
-    """Which version of a folder this is: its files with their place on the disk, size and time of change."""
+    """Which version of a folder this is: its files but hidden ones, by place on the disk, size and time of change."""
     try:
-        found = [(path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file()]
+        files = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+        found = [(path.name, path.stat()) for path in files if path.is_file()]
     except OSError:
         return None
     return tuple((name, status.st_ino, status.st_size, status.st_mtime_ns) for name, status in found)
