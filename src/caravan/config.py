@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 import tomli_w
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, GetCoreSchemaHandler, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
+from pydantic_core import CoreSchema, core_schema
 
 from caravan.errors import ConfigError
 
@@ -22,6 +23,21 @@ PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+AUTO: Literal["auto"] = "auto"
+
+
+class _OrAuto:
+    """Lets "auto" by where a number is asked for, without a second fault in the message about a wrong number."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        del source
+        number = handler.generate_schema(PositiveFloat)
+        return core_schema.no_info_wrap_validator_function(
+            lambda value, check: value if value == AUTO else check(value), number
+        )
+
+
+Rate = Annotated[float | Literal["auto"], _OrAuto()]  # "auto": chosen before the stage starts (docs/theory.md)
 StrategyName = Literal[
     "fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "median", "trimmed_mean", "krum", "multi_krum", "bulyan"
 ]
@@ -83,7 +99,7 @@ class HeadStageConfig:
 
     epochs: Annotated[int, Field(ge=0)] = 30
     batch_size: PositiveInt = 128
-    learning_rate: PositiveFloat = 1e-3
+    learning_rate: Rate = 1e-3
     weight_decay: NonNegativeFloat = 0.1
     label_smoothing: Fraction = 0.1  # some labels are wrong: banking77's validation gains about a point
     dropout: Fraction = 0.2  # of the query vectors: with few queries a document the head learns them by heart
@@ -95,8 +111,8 @@ class AdapterStageConfig:
 
     epochs: Annotated[int, Field(ge=0)] = 4
     batch_size: PositiveInt = 32
-    learning_rate: PositiveFloat = 1e-3  # of the adapter: Adam moves all of a square matrix at once, which is far
-    head_learning_rate: PositiveFloat = 1e-4  # it has been trained already: faster, it learns the queries by heart
+    learning_rate: Rate = 1e-3  # of the adapter: Adam moves all of a square matrix at once, which is far
+    head_learning_rate: Rate = 1e-4  # it has been trained already: faster, it learns the queries by heart
     weight_decay: NonNegativeFloat = 0.1  # of the head
     label_smoothing: Fraction = 0.1
     dropout: Fraction = 0.2  # as in the head stage

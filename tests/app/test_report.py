@@ -98,7 +98,7 @@ def test_a_plot_without_matplotlib_says_what_to_install(tmp_path: Path, monkeypa
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ConfigError, match=r"caravan\[report\]"):
         report.plot([row("ours")], "", tmp_path / "plot.svg")
-    monkeypatch.setattr(report, "find_spec", lambda name: None)
+    monkeypatch.setattr("caravan.app.charts.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"caravan\[report\]"):
         report.check_report(tmp_path)
     assert listing(tmp_path) == {}

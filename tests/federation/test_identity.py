@@ -84,10 +84,8 @@ def test_plaintext_gets_no_connection(running, north):
             lambda: running.said("impostor"),
         )
         assert "SuperNode ID" not in running.said("impostor")
-        assert {node["name"]: node["status"] for node in status(Deployment.read(running.folder))["nodes"]} == {
-            "east": "online",
-            "north": "registered",
-        }
+        nodes = status(Deployment.read(running.folder))["nodes"]
+        assert sorted(node["status"] for node in nodes) == ["online", "registered"]  # east, and north's key
     finally:
         running.stop("impostor")
 
@@ -96,7 +94,8 @@ def test_a_second_process_with_a_nodes_key_is_refused_while_the_first_is_there(r
     running.join("north", north)
     running.wait_for("north", "SuperNode ID")
     try:
-        assert "could not be activated" in refused(running, other_folder(running, "d"), north)
+        refused(running, other_folder(running, "d"), north)
+        assert "could not be activated" in running.said("server")
         assert running.submit(tmp_path / "out") == 0, running.said("submit")
         assert "round 1/1: 2 of 2 nodes" in running.said("submit")
     finally:

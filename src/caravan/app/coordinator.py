@@ -11,6 +11,7 @@ from caravan.app.deployment import Deployment
 from caravan.app.guarantee import check_private
 from caravan.app.learning import Experiment, OnRound
 from caravan.app.node import read_queries
+from caravan.app.separation import check_separation
 from caravan.app.standing import Standing
 from caravan.data.catalogue import Catalogue
 from caravan.data.dataset import Dataset
@@ -62,7 +63,7 @@ class Coordination(Experiment):
         return True
 
     def _deal(self) -> list[Any]:
-        self._check_clients()
+        check_separation(self.config, validation=bool(self.dataset.validation))
         check_settings(self.config.federation, len(self.nodes))
         return []  # every node has its own file
 
@@ -78,7 +79,7 @@ class Coordination(Experiment):
     def _run_rounds(self, stage: Stage, standing: Standing, rounds: int, strategy: Strategy, on_round: OnRound) -> None:
         encoder = Encoder(self.backbone, IdentityAdapter(self.backbone.embedding_width))
         order = Order.of(
-            self.config,
+            self.settled,
             stage,
             rounds,
             proximal_mu=proximal_mu(self.config.federation),

@@ -107,7 +107,7 @@ def server(folder: Folder, print_commands: PrintCommands = False) -> None:
     with _until_stopped(), serve(deployment) as process:
         settings = deployment.config.deployment
         typer.echo(f"ready: nodes connect to {settings.host}:{settings.port}; `caravan federate submit {folder}`")
-        _wait(process, "the server")
+        _wait(process, "the server", "its last lines say why")
 
 
 @app.command()
@@ -144,7 +144,7 @@ def client(
     with _until_stopped():
         wait_for_server(deployment)  # Flower's node gives up after seconds
         with running(command.start()) as process:
-            _wait(process, f"node {node}")
+            _wait(process, f"node {node}", "its last lines, or the server's, say why")
 
 
 @app.command()
@@ -204,11 +204,11 @@ def status(folder: Folder, as_json: Json = False, print_commands: PrintCommands 
         typer.echo(f"run {run['run-id']}: {run['status']}" + (f": {details}" if details not in ("", "N/A") else ""))
 
 
-def _wait(process: "subprocess.Popen[str]", what: str) -> None:
+def _wait(process: "subprocess.Popen[str]", what: str, reason: str) -> None:
     from caravan.errors import FederationError
 
     if code := process.wait():
-        raise FederationError(f"{what} ended with exit code {code}; its last lines say why")
+        raise FederationError(f"{what} ended with exit code {code}; {reason}")
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from caravan.data.records import Example
 from caravan.errors import ConfigError, PrivacyError
 from caravan.federation.central_noise import CentralNoise
 from caravan.training.budget import Budget
+from caravan.training.private import refuse_automatic_rates
 from caravan.training.trainer import Stage
 
 
@@ -94,12 +95,15 @@ def check_private(config: Config) -> None:
     """Refuse settings that would show what privacy is to hide, if any is asked for.
 
     Raises:
+        PrivacyError: a rate would be chosen on private queries.
         ConfigError: the start pools queries, head rows are sent sparsely or averaged by who trained them, or a round is
             chosen by validation queries that are not public.
     """
     federation = config.federation
     if config.privacy.mode == "none":
         return
+    if steps_are_private(config):
+        refuse_automatic_rates(config.training)
     if config.head.start == "centroids":
         raise ConfigError(
             'head.start = "centroids" is made of training queries; set it to "documents" or "auto" to train privately'

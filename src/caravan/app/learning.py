@@ -1,7 +1,5 @@
 """Training a retriever from settings and data: centrally, or on clients that do not pool their queries."""
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -13,14 +11,15 @@ from torch import Tensor
 
 from caravan.app.comparison import rank_queries
 from caravan.app.guarantee import plan_central_noise, plan_privacy, steps_are_private
-from caravan.app.record import training_record
+from caravan.app.rate import settle_rates
+from caravan.app.record import run_fingerprint, training_record
+from caravan.app.separation import check_separation
 from caravan.app.standing import Standing
 from caravan.app.start import starting_rows
 from caravan.config import Config
 from caravan.data.dataset import Dataset
 from caravan.data.partition import Shard, partition
 from caravan.data.passages import document_passages
-from caravan.errors import ConfigError
 from caravan.federation.local import Part, train_client, trained_names
 from caravan.federation.quorum import check_settings
 from caravan.federation.rounds import RoundReport, Update
@@ -41,7 +40,6 @@ OnStage = Callable[[Stage, Retriever, float], object]
 OnRound = Callable[[RoundReport, dict[str, Tensor]], None]
 
 _STAGES: tuple[Stage, ...] = ("head", "adapter")
-_NOT_OF_THE_RESULT = ("data", "evaluation", "deployment")  # the words themselves are hashed
 
 
 class Experiment:
@@ -54,6 +52,7 @@ class Experiment:
         passages: what documents say of themselves, trained on like queries; client i of k takes every k-th from i on.
         budgets: of a private training, by client, or "" for central training; none of another.
         backbone: the frozen model, loaded once.
+        settled: the settings, with numbers for those rates that were "auto" in the stages begun so far.
         retriever: untrained until `run` is called.
     """
 
@@ -88,6 +87,7 @@ class Experiment:
         self.budgets = self._plan_privacy()
         self.central_noise = plan_central_noise(self.config, self._client_count, self.stages)
         self.backbone = backbone or load_backbone(self.config.backbone, seed=self.config.seed)
+        self.settled = self.config
         if resume:
             self._check_snapshots()
         self.retriever = self._start()
@@ -118,10 +118,12 @@ class Experiment:
         history: list[dict[str, Any]] = []
         rounds: list[dict[str, Any]] = []
         kept: dict[str, int] = {}
+        rates: dict[str, dict[str, Any]] = {}
         seconds = 0.0
         self._check_budgets()
         for stage in self.stages:
             started = time.perf_counter()
+            rates |= self._settle_rates(stage)
             self._start_publicly(stage)
             if self.federated:
                 standing = self._federate(stage)
@@ -140,6 +142,7 @@ class Experiment:
             seconds=seconds,
             budgets=self.budgets,
             central_noise=self.central_noise,
+            rates=rates,
         )
         if self.federated:
             federation = {"clients": self._clients(rounds), "rounds": rounds, "kept_rounds": kept}
@@ -156,7 +159,7 @@ class Experiment:
         """The clients' examples, none for central training."""
         if not self.federated:
             return []
-        self._check_clients()
+        check_separation(self.config, validation=bool(self.dataset.validation))
         shards = partition(self.dataset.train, self.config.federation, seed=self.config.seed)
         check_settings(self.config.federation, len(shards))
         return shards
@@ -176,6 +179,20 @@ class Experiment:
         for budget in self.budgets.values():
             budget.check(ahead)
 
+    def _settle_rates(self, stage: Stage) -> dict[str, dict[str, Any]]:
+        """Put numbers in place of "auto", and say how by stage; of a federation on passages alone."""
+        self.settled, record = settle_rates(
+            self.settled,
+            stage,
+            self.retriever,
+            () if self.federated else self.dataset.train,
+            self.passages,
+            store=self.store,
+            report=self.report,
+            kept=self._snapshots(stage, ".rate"),
+        )
+        return {stage: record} if record else {}
+
     def _start_publicly(self, stage: Stage) -> None:
         """Train a private training's stage on passages first: documents are public, and cost no privacy."""
         snapshots = self._snapshots(stage)
@@ -184,34 +201,21 @@ class Experiment:
                 self.retriever,
                 self.passages,
                 stage,
-                self.config.training,
+                self.settled.training,
                 seed=self.config.seed,
                 store=self.store,
                 report=self.report,
             )
 
-    def _check_clients(self) -> None:
-        """Refuse settings that clients who do not pool their queries cannot meet."""
-        if self.config.head.start == "centroids":
-            raise ConfigError(
-                'head.start = "centroids" would pool the clients\' queries; set it to "documents" or "auto"'
-            )
-        if self.config.federation.keep == "best" and not self.dataset.validation:
-            raise ConfigError(
-                'federation.keep = "best" chooses by validation queries, and the data has none; give some '
-                '(data.validation, data.validation_fraction) or set it to "last"'
-            )
-
     def _clear_snapshots(self) -> None:
         for stage in _STAGES:
-            snapshots = self._snapshots(stage)
-            if snapshots is not None:
-                snapshots.clear()
+            for snapshots in (self._snapshots(stage), self._snapshots(stage, ".rate")):
+                if snapshots is not None:
+                    snapshots.clear()
 
     def _check_snapshots(self) -> None:
         for stage in self.stages:
-            snapshots = self._snapshots(stage)
-            if snapshots is not None:
+            if (snapshots := self._snapshots(stage)) is not None:
                 snapshots.load()
 
     def _train(self, stage: Stage) -> list[dict[str, Any]]:
@@ -219,7 +223,7 @@ class Experiment:
             self.retriever,
             self.dataset.train,
             stage,
-            self.config.training,
+            self.settled.training,
             seed=self.config.seed,
             passages=() if self.budgets else self.passages,
             validation=self.dataset.validation,
@@ -233,9 +237,8 @@ class Experiment:
     def _federate(self, stage: Stage) -> Standing:
         federation = self.config.federation
         rounds = min(federation.rounds, getattr(self.config.training, stage).epochs)
-        names = trained_names(self.retriever, stage)
         state = self.retriever.trainable_state()
-        standing = Standing({name: state[name] for name in names})
+        standing = Standing({name: state[name] for name in trained_names(self.retriever, stage)})
         if not rounds:
             return standing
         snapshots = self._snapshots(stage)
@@ -264,35 +267,38 @@ class Experiment:
         """Run what is left of a stage's rounds, on clients that are simulated here."""
         from caravan.federation.flower import run_federation
 
-        federation = self.config.federation
         shard_of = {shard.name: (place, shard) for place, shard in enumerate(self.shards)}
 
         def local_train(client: str, received: dict[str, Tensor], number: int) -> Update:
             place, shard = shard_of[client]
-            return train_client(
-                self.retriever,
-                client,
-                shard.examples,
-                self.config,
-                received,
-                part=Part(stage, number, rounds, place, len(self.shards)),
-                passages=self.passages,
-                proximal_mu=proximal_mu(federation),
-                store=self.store,
-                report=self.report,
-                privacy=self.budgets[client].steps(stage) if self.budgets else None,
-            )
+            return self._train_client(shard, received, Part(stage, number, rounds, place, len(self.shards)))
 
         run_federation(
             standing.tensors,
             list(shard_of),
             local_train,
             rounds=rounds,
-            settings=federation,
+            settings=self.config.federation,
             seed=self.config.seed,
             first_round=standing.round + 1,
             strategy=strategy,
             on_round=on_round,
+        )
+
+    def _train_client(self, shard: Shard, received: dict[str, Tensor], part: Part) -> Update:
+        """A client's work of a round."""
+        return train_client(
+            self.retriever,
+            shard.name,
+            shard.examples,
+            self.settled,
+            received,
+            part=part,
+            passages=self.passages,
+            proximal_mu=proximal_mu(self.config.federation),
+            store=self.store,
+            report=self.report,
+            privacy=self.budgets[shard.name].steps(part.stage) if self.budgets else None,
         )
 
     def _validation_recall(self) -> float | None:
@@ -308,30 +314,21 @@ class Experiment:
     def _start(self) -> Retriever:
         """The untrained retriever: document vectors as rows or, centrally, class centroids where these rank better."""
         rows = starting_rows(self.dataset, self.config, self.backbone, self._vectors, federated=self.federated)
-        config = self.config
-        return Retriever.start(self.backbone, self.dataset.catalogue, rows, adapter=config.adapter, head=config.head)
+        adapter, head = self.config.adapter, self.config.head
+        return Retriever.start(self.backbone, self.dataset.catalogue, rows, adapter=adapter, head=head)
 
     def _vectors(self, encoder: Encoder, texts: Sequence[str], what: str) -> Tensor:
         return encode_with_progress(encoder, texts, self.store, self.report, task=f"encoding {what}")
 
-    def _snapshots(self, stage: Stage) -> Checkpoint | None:
+    def _snapshots(self, stage: Stage, what: str = "") -> Checkpoint | None:
         if self.checkpoint is None:
             return None
-        return Checkpoint(self.checkpoint / f"{stage}.safetensors", self._fingerprint)
+        return Checkpoint(self.checkpoint / f"{stage}{what}.safetensors", self._fingerprint)
 
     @cached_property
     def _fingerprint(self) -> str:
-        """What must be the same for a snapshot to be taken up: settings that change the result, words, frozen model."""
-        settings = {name: value for name, value in self.config.to_dict().items() if name not in _NOT_OF_THE_RESULT}
-        settings["training"] = {**settings["training"], "checkpoint_seconds": None}
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-        digest.update(self.backbone.hash.encode())
-        digest.update(self.dataset.catalogue.fingerprint.encode())
-        for examples in (self.dataset.train, self.dataset.validation):
-            digest.update(len(examples).to_bytes(8))  # where train ends and validation begins
-            for example in examples:
-                digest.update(json.dumps([example.text, example.doc_ids, dict(example.columns)]).encode())
-        return digest.hexdigest()
+        """What must be the same for a snapshot to be taken up."""
+        return run_fingerprint(self.dataset, self.config, self.backbone.hash)
 
     def _tell(self, report: dict[str, Any], rounds: int) -> None:
         """Say what a round did; the simulation's bars have said it."""

@@ -1,5 +1,7 @@
 """What a training writes down of itself: settings, data, history, versions, and what its privacy is worth."""
 
+import hashlib
+import json
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -10,6 +12,7 @@ from caravan.data.dataset import Dataset
 from caravan.federation.central_noise import CentralNoise
 from caravan.training.budget import Budget, as_values
 
+_NOT_OF_THE_RESULT = ("data", "evaluation", "deployment")  # the words themselves are hashed
 _VERSIONS = ("caravan", "torch", "transformers", "safetensors", "flwr")
 _NO_PRIVACY = (
     "Trained without differential privacy: the tensors can reveal training queries to whoever holds them. "
@@ -22,6 +25,26 @@ _OF_NODES = (
 )
 
 
+def run_fingerprint(dataset: Dataset, config: Config, backbone: str) -> str:
+    """Name what must be the same for a snapshot to be taken up: settings that change the result, words, frozen model.
+
+    Args:
+        dataset: what is trained on.
+        config: all settings.
+        backbone: hash of the frozen model.
+    """
+    settings = {name: value for name, value in config.to_dict().items() if name not in _NOT_OF_THE_RESULT}
+    settings["training"] = {**settings["training"], "checkpoint_seconds": None}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    digest.update(backbone.encode())
+    digest.update(dataset.catalogue.fingerprint.encode())
+    for examples in (dataset.train, dataset.validation):
+        digest.update(len(examples).to_bytes(8))  # where train ends and validation begins
+        for example in examples:
+            digest.update(json.dumps([example.text, example.doc_ids, dict(example.columns)]).encode())
+    return digest.hexdigest()
+
+
 def training_record(
     dataset: Dataset,
     config: Config,
@@ -31,6 +54,7 @@ def training_record(
     seconds: float,
     budgets: Mapping[str, Budget],
     central_noise: CentralNoise | None,
+    rates: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Write a training down as plain values.
 
@@ -42,6 +66,7 @@ def training_record(
         seconds: of training.
         budgets: by owner, of a private training; none of another.
         central_noise: what the server added, in mode "client-level".
+        rates: how those that were "auto" came about, by stage.
     """
     sizes = {"train": len(dataset.train), "validation": len(dataset.validation), "test": len(dataset.test)}
     guarantees = {owner: budget.facts() for owner, budget in budgets.items()}
@@ -60,6 +85,8 @@ def training_record(
         "versions": {"python": platform.python_version(), **_installed(_VERSIONS)},
         "privacy": _statement(config, budgets, guarantees) if central_noise is None else central_noise.statement(),
     }
+    if rates:
+        record["learning_rates"] = {stage: dict(choice) for stage, choice in rates.items()}
     if central_noise is not None:
         record["guarantees"] = {"clients": as_values(central_noise.guarantee)}
     if budgets:

@@ -1,19 +1,16 @@
-"""Results for people: rows as text, Markdown and a plot (the only place that imports matplotlib)."""
+"""Results for people: rows as text, Markdown and a plot."""
 
 import json
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from caravan.app.charts import INK, OURS, THEIRS, check_drawing, new_figure, save_figure
 from caravan.app.comparison import Comparison, Row
-from caravan.errors import ConfigError
 from caravan.files import check_writable, make_folder, whole_file
 
 COLUMNS = ("recall@1", "recall@5", "recall@10", "mrr@10", "ndcg@10")
 
-_NO_MATPLOTLIB = "plots need matplotlib; install it with `pip install 'caravan[report]'`"
-_INK, _PAPER, _OURS, _THEIRS = "#1f2933", "#ffffff", "#0b7285", "#adb5bd"
 _RIVALS = {"BM25", "MIPS", "centroids", "1-NN", "output adapter", "random backbone"}
 
 
@@ -44,25 +41,18 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> None:
         ConfigError: matplotlib is not installed.
         StorageError: the file cannot be written.
     """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError(_NO_MATPLOTLIB) from None
     values = [100 * row.metrics["recall@1"].value for row in rows]
     bounds = [(row.metrics["recall@1"].low, row.metrics["recall@1"].high) for row in rows]
     errors = [
         [value - 100 * low if low is not None else 0.0 for value, (low, _) in zip(values, bounds, strict=True)],
         [100 * high - value if high is not None else 0.0 for value, (_, high) in zip(values, bounds, strict=True)],
     ]
-    figure = Figure(figsize=(7.2, 0.9 + 0.36 * len(rows)), layout="constrained", facecolor=_PAPER)
-    FigureCanvasAgg(figure)
+    figure = new_figure(7.2, 0.9 + 0.36 * len(rows))
     axes = figure.add_subplot()
-    colours = [_THEIRS if row.name in _RIVALS else _OURS for row in rows]
-    axes.barh(range(len(rows)), values, xerr=errors, color=colours, ecolor=_INK, height=0.66, capsize=2)
+    colours = [THEIRS if row.name in _RIVALS else OURS for row in rows]
+    axes.barh(range(len(rows)), values, xerr=errors, color=colours, ecolor=INK, height=0.66, capsize=2)
     for place, (value, upper) in enumerate(zip(values, errors[1], strict=True)):
-        axes.text(value + upper + 0.8, place, f"{value:.1f}", va="center", color=_INK, fontsize=9)
+        axes.text(value + upper + 0.8, place, f"{value:.1f}", va="center", color=INK, fontsize=9)
     # A name may hold dollar signs, which are no formula, and bytes of a path that are no text.
     axes.set_yticks(range(len(rows)), [_text(row.name) for row in rows], parse_math=False)
     axes.invert_yaxis()
@@ -70,10 +60,7 @@ def plot(rows: Sequence[Row], title: str, path: Path) -> None:
     axes.set_xlabel("recall@1, % of queries (bar: 95% bootstrap interval)")
     axes.set_title(_text(title), loc="left", fontsize=11, parse_math=False)
     axes.spines[["top", "right"]].set_visible(False)
-    with whole_file(path) as temporary, rc_context({"svg.hashsalt": "caravan"}):
-        # A fixed salt and no date: the same figures give the same file.
-        metadata = {"Date": None} if path.suffix == ".svg" else {}
-        figure.savefig(temporary, format=path.suffix.lstrip("."), dpi=150, metadata=metadata)
+    save_figure(figure, path)
 
 
 def check_report(folder: str | Path) -> None:
@@ -83,8 +70,7 @@ def check_report(folder: str | Path) -> None:
         ConfigError: matplotlib is not installed.
         StorageError: the folder cannot be written.
     """
-    if find_spec("matplotlib") is None:
-        raise ConfigError(_NO_MATPLOTLIB)
+    check_drawing()
     check_writable(folder)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from caravan.config import PrivacyConfig, TrainingConfig
+from caravan.config import AUTO, PrivacyConfig, TrainingConfig
 from caravan.data.records import Example
 from caravan.errors import PrivacyError
 from caravan.model.head import FlatHead
@@ -94,6 +94,7 @@ class PrivateSteps:
             PrivacyError: a setting lets something by, the head has no closed form, an example names no user, or the
                 batch is too small for an adaptive clip at this sigma.
         """
+        refuse_automatic_rates(config)
         if config.class_weights != "none":
             raise PrivacyError(
                 f'training.class_weights = "{config.class_weights}" counts the queries of each document; '
@@ -113,6 +114,27 @@ class PrivateSteps:
         units = len(units_of(examples, self.config))
         if self.config.mode == "dp-sgd-adaptive":
             sum_noise(self.sigma, min(units, self.config.batch))
+
+
+def refuse_automatic_rates(config: TrainingConfig) -> None:
+    """Refuse rates that would be chosen by looking at the queries without noise, and say so for all to see.
+
+    Not chosen on passages instead: noise and clipping decide which rate a private training needs, not curvature.
+
+    Raises:
+        PrivacyError: a rate is "auto".
+    """
+    rates = {
+        "head.learning_rate": config.head.learning_rate,
+        "adapter.learning_rate": config.adapter.learning_rate,
+        "adapter.head_learning_rate": config.adapter.head_learning_rate,
+    }
+    for name, rate in rates.items():
+        if rate == AUTO:
+            raise PrivacyError(
+                f'training.{name} = "auto" would be worked out from the queries\' gradients; set a number, or leave it '
+                "out, to train privately"
+            )
 
 
 def sum_noise(sigma: float, batch: float) -> float:

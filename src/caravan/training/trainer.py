@@ -4,11 +4,10 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from caravan.config import AdapterStageConfig, HeadStageConfig, TrainingConfig
 from caravan.data.records import Example
@@ -23,10 +22,10 @@ from caravan.training.mechanism import NoisedSteps, PaperSteps
 from caravan.training.optimizer import make_optimizer, rate_factor
 from caravan.training.private import PrivateSteps
 from caravan.training.progress import Progress, Report
+from caravan.training.rate import automatic, choose_rates, with_rates
+from caravan.training.stages import Stage, trained_parameters
 from caravan.training.steps import Batches, PlainSteps, Steps, Work
 from caravan.training.targets import HeldRows, Targets
-
-Stage = Literal["head", "adapter"]
 
 _VALIDATION_BATCH = 64  # queries without gradients: as when encoding
 
@@ -120,6 +119,11 @@ def fit(
         privacy.check(retriever, examples, config, passages=bool(passages))
         validation = validation if privacy.config.public_validation else ()
     snapshot = checkpoint.load() if checkpoint else None
+    if automatic(config, stage):  # at the stage's start, also where a snapshot of later is taken up
+        choice = choose_rates(
+            retriever, examples, stage, config, passages=passages, seed=seed, store=store, report=report
+        )
+        config = with_rates(config, stage, choice.rates)
     training = _Fit(
         retriever, examples, passages, stage, config, seed, epochs, validation, report, proximal_mu, privacy
     )
@@ -131,15 +135,6 @@ def fit(
     finally:
         training.inputs.close()
     return training.history
-
-
-def trained_parameters(retriever: Retriever, stage: Stage) -> dict[str, Parameter]:
-    """What a stage trains, by the names of `Retriever.named_trainables`."""
-    return {
-        name: parameter
-        for name, parameter in retriever.named_trainables()
-        if stage == "adapter" or name.startswith("head.")
-    }
 
 
 class _Fit:

@@ -1,0 +1,95 @@
+"""Rates that settings leave open: in a whole training, after a kill, on clients, with privacy, as a command."""
+
+from dataclasses import replace
+
+import pytest
+
+from caravan.config import PrivacyConfig, changed, config_from_dict
+from caravan.data.catalogue import Catalogue
+from caravan.errors import ConfigError, PrivacyError
+from caravan.storage import load
+from caravan.training.rate import choose_rates
+from command_line import run
+from toy_experiments import DATASET, Raising, with_wrong_queries
+from toy_training import Log, StoppedError, assert_same_bits
+
+pytestmark = pytest.mark.usefixtures("vectors_are_kept_here", "few_queries_are_timed")
+RATES = ("training.head.learning_rate", "training.adapter.learning_rate", "training.adapter.head_learning_rate")
+
+
+def opened(config, **changes):
+    return config_from_dict(changed(config.to_dict(), {**dict.fromkeys(RATES, "auto"), **changes}))
+
+
+def test_a_training_writes_down_the_rates_it_chose_and_equals_one_with_these_numbers(settings, prepare):
+    config = opened(settings(epochs=2))
+    retriever = prepare(config).run()
+    chosen = retriever.record["learning_rates"]
+    assert retriever.record["config"]["training"]["head"]["learning_rate"] == "auto"
+    assert set(chosen) == {"head", "adapter"}
+    assert {"learning_rate", "head_learning_rate", "lines", "batches", "loss"} == set(chosen["adapter"])
+    numbers = {name: chosen[name.split(".")[1]][name.split(".")[2]] for name in RATES}
+    told = prepare(config_from_dict(changed(config.to_dict(), numbers))).run()
+    assert "learning_rates" not in told.record
+    assert_same_bits(retriever.trainable_state(), told.trainable_state())
+
+
+@pytest.mark.parametrize("stage", ["head", "adapter"])
+def test_a_resumed_training_keeps_the_rate_it_began_with(settings, prepare, tmp_path, monkeypatch, stage):
+    config = opened(settings(epochs=3, checkpoint_seconds=1e-9))
+    whole = prepare(config).run()
+    stop = Raising(f"training the {stage}", StoppedError(), after=4)
+    with pytest.raises(StoppedError):
+        prepare(config, checkpoint=tmp_path / "c", report=stop).run()
+    if stage == "adapter":  # all have been chosen: nothing is looked at again
+        monkeypatch.setattr("caravan.app.rate.choose_rates", None)
+    resumed = prepare(config, checkpoint=tmp_path / "c", resume=True)
+    retriever = resumed.run()
+    assert_same_bits(retriever.trainable_state(), whole.trainable_state())
+    assert retriever.record["learning_rates"] == whole.record["learning_rates"]
+    resumed.clear_checkpoint()
+    assert not (tmp_path / "c").exists()
+
+
+def with_titles(dataset):
+    """The same with documents that say something, so that there are passages."""
+    documents = [replace(document, title=f"letters {document.text}") for document in dataset.catalogue]
+    return replace(dataset, catalogue=Catalogue(documents))
+
+
+def test_a_federation_chooses_once_on_passages_and_on_no_clients_queries(settings, prepare):
+    config = opened(settings(epochs=2, passages=2, federation={"clients": 2, "rounds": 2}))
+    log = Log()
+    one = prepare(config, with_titles(DATASET), report=log)
+    start = choose_rates(one.retriever, (), "head", config.training, passages=one.passages, seed=config.seed)
+    chosen = one.run().record["learning_rates"]
+    assert chosen["head"]["learning_rate"] == start.rates["learning_rate"]
+    other = prepare(opened(settings(mode="head", epochs=2, passages=2, federation={"clients": 2, "rounds": 2})),
+                    with_titles(with_wrong_queries(DATASET))).run()  # fmt: skip
+    assert other.record["learning_rates"]["head"] == chosen["head"]
+    tasks = [progress.task for progress in log.told if progress.task.startswith("choosing")]
+    assert set(tasks) == {"choosing the head's learning rate", "choosing the adapter's learning rate"}
+
+
+def test_a_federation_without_passages_has_nothing_to_choose_on(settings, prepare):
+    with pytest.raises(ConfigError, match=r"and there are none \(training\.passages = 0\); set it to a number"):
+        prepare(opened(settings(passages=0, federation={"clients": 2}))).run()
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_a_private_training_refuses_to_look_at_the_queries_for_a_rate(settings, prepare, name):
+    private = PrivacyConfig(mode="dp-sgd", noise_multiplier=1.0, batch=12)
+    config = config_from_dict(changed(replace(settings(), privacy=private).to_dict(), {name: "auto"}))
+    with pytest.raises(PrivacyError, match=rf'{name} = "auto" would be worked out from the queries'):
+        prepare(config)
+
+
+def test_the_command_line_sets_it(workshop):
+    train = ("train", "-c", workshop.quick, "-o", "out", "--set")
+    assert run(*train, "training.head.learning_rate=auto").code == 0
+    record = load("out").record
+    assert record["config"]["training"]["head"]["learning_rate"] == "auto"
+    assert record["learning_rates"]["head"]["learning_rate"] > 0
+    outcome = run(*train, "training.head.learning_rate=fast")
+    assert outcome.code in (1, 2)
+    assert "training.head.learning_rate = 'fast': input should be a valid number" in outcome.err
