@@ -1,6 +1,8 @@
 import errno
 import os
 import shutil
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from caravan import files
 from caravan.errors import DataError, StorageError
 from caravan.files import make_folder, whole_file, whole_folder
 from disks import make_read_only, small_disk
@@ -89,6 +92,7 @@ def test_a_disk_that_refuses_only_when_flushed_leaves_what_was_there(tmp_path, m
 @pytest.mark.parametrize("call", [1, 2])
 def test_a_failure_between_the_two_renames_brings_the_old_folder_back(tmp_path, monkeypatch, failure, call):
     put(whole_folder, tmp_path / "name", "old")
+    monkeypatch.setattr("caravan.files._exchange", lambda first, second: False)
     rename, calls = Path.rename, []
 
     def refuse_once(self, target):
@@ -106,6 +110,7 @@ def test_a_failure_between_the_two_renames_brings_the_old_folder_back(tmp_path, 
 @pytest.mark.parametrize("call", [1, 2])
 def test_an_interrupt_right_after_a_rename_leaves_one_whole_folder(tmp_path, monkeypatch, call):
     put(whole_folder, tmp_path / "name", "old")
+    monkeypatch.setattr("caravan.files._exchange", lambda first, second: False)
     rename, calls = Path.rename, []
 
     def interrupt(self, target):
@@ -118,6 +123,46 @@ def test_an_interrupt_right_after_a_rename_leaves_one_whole_folder(tmp_path, mon
     with pytest.raises(KeyboardInterrupt):
         put(whole_folder, tmp_path / "name")
     assert contents(tmp_path) == {"name/inside": "old" if call == 1 else "new"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a call of Linux")
+def test_on_linux_old_and_new_folder_change_places_in_one_step(tmp_path, monkeypatch):
+    put(whole_folder, tmp_path / "name", "old")
+    if not files._exchange(tmp_path / "name", tmp_path / "name"):
+        pytest.skip("this file system cannot exchange names")
+
+    def refuse(self, target):
+        raise AssertionError("a kill between two renames would leave no folder of this name")
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    put(whole_folder, tmp_path / "name", "new")
+    assert contents(tmp_path) == {"name/inside": "new"}
+
+
+def test_whoever_changes_a_file_alone_keeps_others_waiting(tmp_path):
+    inside, order = threading.Event(), []
+
+    def second() -> None:
+        inside.wait()
+        with files.alone(tmp_path / "name"):
+            order.append("second")
+
+    waiting = threading.Thread(target=second)
+    waiting.start()
+    with files.alone(tmp_path / "name"):
+        inside.set()
+        waiting.join(0.2)  # it would be through by now if nothing held it
+        order.append("first")
+    waiting.join()
+    assert order == ["first", "second"]
+
+
+def test_a_place_that_cannot_be_locked_is_a_storage_error(tmp_path):
+    with (
+        pytest.raises(StorageError, match="none/name: cannot be written: No such file"),
+        files.alone(tmp_path / "none" / "name"),
+    ):
+        raise AssertionError("never reached")
 
 
 def test_a_failure_inside_a_folder_is_told_with_the_folders_own_name(tmp_path):

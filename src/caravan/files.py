@@ -1,9 +1,11 @@
 """Files and folders that are either whole or absent: written under a temporary name, then renamed."""
 
+import ctypes
 import os
 import secrets
 import shutil
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from glob import escape
@@ -16,6 +18,8 @@ from caravan.errors import CaravanError, StorageError
 
 # safetensors reports a full disk or a missing right as an error of its own, which is no OSError.
 _FAILURES = (OSError, SafetensorError)
+
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux' renameat2(2)
 
 
 def make_folder(path: str | Path) -> Path:
@@ -49,6 +53,32 @@ def check_writable(folder: str | Path, *, name: str | Path | None = None) -> Non
             probe.write(bytes(4096))  # a full disk may still have room for a name
     except (OSError, ValueError) as error:
         raise _cannot_write(folder if name is None else name, error) from None
+
+
+@contextmanager
+def alone(path: str | Path) -> Iterator[None]:
+    """Wait until no other thread or process is inside `alone(path)`, and keep them out; a kill lets the next one in.
+
+    Args:
+        path: what is to be changed, a file or a folder; the lock is an empty file beside it, which stays.
+
+    Raises:
+        StorageError: the lock cannot be written, or the system has no file locks.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        raise StorageError(f"{path}: cannot be locked: this system has no fcntl; use Linux or macOS") from None
+    target = _target(path)
+    try:
+        handle = os.open(target.with_name(f".{target.name[:48]}.lock"), os.O_CREAT | os.O_RDWR, 0o600)
+    except OSError as error:
+        raise _cannot_write(path, error) from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextmanager
@@ -99,8 +129,9 @@ def remove_leftovers(path: str | Path) -> None:
 def whole_folder(path: str | Path) -> Iterator[Path]:
     """Give a temporary folder to fill; on success it takes the place of `path`, on any error `path` stays as it was.
 
-    Folders above `path` are made, and removed again on an error. Two renames put the new folder in the place of an old
-    one: a kill in the instant between them leaves the old one beside it, named `.….old`.
+    Folders above `path` are made, and removed again on an error. Where system and file system can (Linux on its usual
+    disks), old and new change places in one step; elsewhere two renames do it, and a kill in the instant between them
+    leaves the old one beside the place, named `.….old`.
 
     Raises:
         StorageError: the place cannot be written (no right, disk full), or `path` is a file.
@@ -136,6 +167,8 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
 
 
 def _swap(temporary: Path, target: Path, retired: Path) -> None:
+    if _exchange(temporary, target):
+        return  # what was there is now the temporary folder, which its maker removes
     try:
         if target.exists():
             target.rename(retired)
@@ -144,6 +177,17 @@ def _swap(temporary: Path, target: Path, retired: Path) -> None:
         if retired.exists() and not target.exists():
             retired.rename(target)
         raise
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Let two names change places in one step; False where that is not possible, or one of them is not there."""
+    if sys.platform != "linux":
+        return False
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):  # a C library that is older than the call
+        return False
+    return rename(_HERE, os.fsencode(first), _HERE, os.fsencode(second), _EXCHANGE) == 0
 
 
 def _target(path: str | Path) -> Path:

@@ -171,6 +171,16 @@ def load(
     return retriever
 
 
+def fits(folder: str | Path, backbone: Backbone) -> bool:
+    """Whether a saved retriever was trained on this frozen model, in this dtype, so that `load` could take it.
+
+    Raises:
+        StorageError: the folder is missing, or its settings are damaged or of an unknown format version.
+    """
+    saved = _read_manifest(Path(folder)).backbone
+    return saved.hash == backbone.hash and backbone.blocks_dtype == getattr(torch, saved.dtype)
+
+
 def _describe(retriever: Retriever) -> _Manifest:
     if not isinstance(retriever.head, FlatHead):
         raise StorageError(f"a retriever with a {type(retriever.head).__name__} is for comparison and cannot be saved")

@@ -1,5 +1,6 @@
 """A tiny frozen model, a small data set, quick settings and a saved retriever, made once for all tests here."""
 
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -7,10 +8,12 @@ from pathlib import Path
 import pytest
 
 from caravan.app.learning import Experiment
-from caravan.config import Config
-from caravan.model.backbone import Backbone
+from caravan.config import AdapterConfig, BackboneConfig, Config, HeadConfig
+from caravan.model.backbone import Backbone, load_backbone
+from caravan.storage import save
 from caravan.training.features import FeatureStore
 from command_line import Workshop, run, write_table
+from saved_retrievers import make_retriever
 from tiny_models import make_tiny_bert
 from toy_experiments import DATASET, Place, make_place, toy_settings
 from toy_training import CATALOGUE, toy_backbone, toy_examples
@@ -111,3 +114,21 @@ def prepare(backbone: Backbone) -> Callable[..., Experiment]:
         return Experiment(dataset, config, **{"backbone": backbone, "store": FeatureStore(), **options})
 
     return prepare
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
+    return load_backbone(BackboneConfig(name=str(make_tiny_bert(tmp_path_factory.mktemp("bert")))))
+
+
+@pytest.fixture(scope="session")
+def master(tmp_path_factory: pytest.TempPathFactory, bert: Backbone) -> Path:
+    """A saved retriever of random numbers that is served; no test changes it."""
+    retriever = make_retriever(bert, adapter=AdapterConfig(), head=HeadConfig(hidden=8))
+    return save(retriever, tmp_path_factory.mktemp("master") / "saved")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, master: Path) -> Path:
+    """A copy of it that a test may change."""
+    return Path(shutil.copytree(master, tmp_path / "saved"))

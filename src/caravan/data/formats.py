@@ -73,7 +73,7 @@ def read_documents(path: Path, bad: BadRows, *, id_column: str = "doc_id") -> It
     seen: dict[str, int] = {}
     for row in read_rows(path, bad, required=(id_column, "text")):
         try:
-            document = _document(row, id_column)
+            document = document_from_row(row, id_column)
             if document.doc_id in seen:
                 what = f"duplicate document id {shown(document.doc_id)}, first in line {seen[document.doc_id]}"
                 raise row.fault(f"{what}; give each document its own id")
@@ -82,6 +82,20 @@ def read_documents(path: Path, bad: BadRows, *, id_column: str = "doc_id") -> It
             continue
         seen[document.doc_id] = row.line
         yield document
+
+
+def document_from_row(row: Row, id_column: str = "doc_id") -> Document:
+    """Make a document of a row's cells `id_column`, `text` and, if there, `title` and `metadata`; others join it.
+
+    Raises:
+        DataError: there is no id or text, or one is too long or no text.
+    """
+    doc_id = _identifier(row, id_column)
+    title = _string(row, "title")
+    # Corpora in the wild have documents that are a heading only: the heading is then the text.
+    text = title if title.strip() and not _string(row, "text").strip() else _text(row, "text")
+    metadata = _others(row, (id_column, "text", "title", "metadata"))
+    return Document(doc_id, text, title, metadata | _metadata(row))
 
 
 def examples_from_rows(
@@ -251,15 +265,6 @@ def _number(cell: str) -> float | None:
         return float(cell)
     except ValueError:
         return None
-
-
-def _document(row: Row, id_column: str) -> Document:
-    doc_id = _identifier(row, id_column)
-    title = _string(row, "title")
-    # Corpora in the wild have documents that are a heading only: the heading is then the text.
-    text = title if title.strip() and not _string(row, "text").strip() else _text(row, "text")
-    metadata = _others(row, (id_column, "text", "title", "metadata"))
-    return Document(doc_id, text, title, metadata | _metadata(row))
 
 
 def _example(row: Row, columns: Columns, split: str) -> Example:

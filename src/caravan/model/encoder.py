@@ -72,16 +72,7 @@ class Encoder(nn.Module):
         Raises:
             DataError: a text is empty, no string, or holds characters that are no Unicode text (lone surrogates).
         """
-        for number, text in enumerate(texts, start=1):
-            where = f"text {number} of {len(texts)}"
-            if not isinstance(text, str):
-                raise DataError(f"{where} is of type {type(text).__name__}; give a string")
-            if not text.strip():
-                raise DataError(f"{where} is empty; give at least one word")
-            try:
-                text.encode("utf-8")
-            except UnicodeEncodeError:
-                raise DataError(f"{where} holds a lone surrogate, which is no character; remove it") from None
+        check_texts(texts)
         return self.backbone.tokenize(texts)
 
     @torch.no_grad()
@@ -140,6 +131,24 @@ class Encoder(nn.Module):
     def folded_table(self) -> Tensor:
         """Give the token-embedding table, float32 (V, E), with which the plain backbone gives this encoder's states."""
         return self.adapter.fold(self.backbone.table.weight, scale=self.backbone.embedding_scale)
+
+
+def check_texts(texts: Sequence[str]) -> None:
+    """Refuse what cannot be encoded.
+
+    Raises:
+        DataError: a text is empty, no string, or holds characters that are no Unicode text (lone surrogates).
+    """
+    for number, text in enumerate(texts, start=1):
+        where = f"text {number} of {len(texts)}"
+        if not isinstance(text, str):
+            raise DataError(f"{where} is of type {type(text).__name__}; give a string")
+        if not text.strip():
+            raise DataError(f"{where} is empty; give at least one word")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise DataError(f"{where} holds a lone surrogate, which is no character; remove it") from None
 
 
 def pad(tokens: Sequence[Sequence[int]], *, device: torch.device, side: str = "right") -> tuple[Tensor, Tensor]:

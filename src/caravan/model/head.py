@@ -38,6 +38,27 @@ class FlatHead(nn.Module):
         return self.log_scale.exp() * (queries @ self.rows.T) + self.bias
 
     @torch.no_grad()
+    def new_rows(self, vectors: Tensor, *, normalize: bool) -> tuple[Tensor, Tensor]:
+        """Make rows and biases for documents that were not trained on.
+
+        A row is f(d) of the document's vector d: what a query that reads like the document becomes, so that of all
+        rows of that length this one gives it the highest score. The bias is the mean one: a new document is neither
+        preferred nor held back. Of an untrained head with unit rows the row is d itself, so that MIPS stays MIPS.
+
+        Args:
+            vectors: float32 (N, H), of the documents.
+            normalize: give the rows the mean length of those that are there, which training may have changed; for
+                encoders whose vectors have norm 1.
+
+        Returns:
+            float32 (N, H) and (N,).
+        """
+        rows = vectors if self.pre is None else self.pre(vectors)
+        if normalize:
+            rows = functional.normalize(rows, dim=1) * self.rows.norm(dim=1).mean()
+        return rows.clone(), self.bias.mean().repeat(len(vectors))
+
+    @torch.no_grad()
     def gradient_factors(self, queries: Tensor, score_gradients: Tensor) -> dict[str, Factors]:
         """Say what each query's gradients are made of; nothing of size B · C · H is.
 

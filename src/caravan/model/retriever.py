@@ -147,11 +147,19 @@ class Retriever(nn.Module):
             raise DataError(f"k = {k}: ask for at least one hit")
         if isinstance(text, str):
             return self.search([text], k)[0]
-        return [hits for scores in self.score_batches(text) for hits in self._hits(scores, k)]
+        return [hits for scores in self.score_batches(text) for hits in self.hits(scores, k)]
 
-    def _hits(self, scores: Tensor, k: int) -> Iterator[list[Hit]]:
+    def hits(self, scores: Tensor, k: int, *, among: Tensor | None = None) -> Iterator[list[Hit]]:
+        """Turn scores into the k best hits a query, in the order that `search` promises.
+
+        Args:
+            scores: float32 (B, C), as the head gives them.
+            k: hits a query, at least 1; above the number of documents it means all.
+            among: int64 (c,), ascending: the rows that may be found; all if None. Probabilities are over the whole
+                catalogue either way.
+        """
         probabilities = scores.softmax(dim=1)
-        for query, rows in enumerate(_best_rows(scores, k)):
+        for query, rows in enumerate(best_rows(scores, k, among=among)):
             values, shares = scores[query, rows].tolist(), probabilities[query, rows].tolist()
             hits = []
             for rank, (row, score, probability) in enumerate(zip(rows.tolist(), values, shares, strict=True), start=1):
@@ -169,7 +177,23 @@ class Retriever(nn.Module):
             yield hits
 
 
-def _best_rows(scores: Tensor, k: int) -> Iterator[Tensor]:
+def best_rows(scores: Tensor, k: int, *, among: Tensor | None = None) -> Iterator[Tensor]:
+    """Give the rows of the k highest scores a query, best first, of equals the first.
+
+    Args:
+        scores: float (B, C).
+        k: at least 1; above the number of rows it means all.
+        among: int64 (c,), ascending: the rows that may be given; all if None.
+
+    Returns:
+        B times int64 (min(k, C),), or (min(k, c),).
+    """
+    if among is not None:
+        if not len(among):
+            yield from (among for _ in scores)
+            return
+        yield from (among[rows] for rows in best_rows(scores[:, among], k))
+        return
     # topk alone promises no order among equals; sorting all rows would, but is slow for a large catalogue.
     bars = scores.topk(min(k, scores.shape[1]), dim=1).values[:, -1]
     for query, bar in zip(scores, bars, strict=True):

@@ -1,0 +1,351 @@
+"""The routes of `caravan serve`: search, documents, embed, rerank, info, health, metrics (the only fastapi importer).
+
+A route checks sizes, hands texts to the batcher or documents to the shelf, and writes down the answer. Whatever it
+cannot do it raises as a `CaravanError`; `gate.as_reply` makes the status of it.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import asdict, dataclass
+from http import HTTPStatus
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.staticfiles import StaticFiles
+from starlette.exceptions import HTTPException
+from torch.nn.functional import normalize
+
+from caravan.app.access import Keys, Right
+from caravan.app.bodies import (
+    ChangeAnswer,
+    DocumentsAnswer,
+    DocumentsBody,
+    EmbedBody,
+    ErrorAnswer,
+    HealthAnswer,
+    InfoAnswer,
+    RankAnswer,
+    RerankBody,
+    SearchAnswer,
+    SearchBody,
+)
+from caravan.app.gate import NOTES, Gate, as_reply
+from caravan.app.limits import RefusedError, conflict, too_large, unavailable, unknown, unusable
+from caravan.app.metrics import CONTENT_TYPE, Metrics, forget_process
+from caravan.app.serving import Asked, Found
+from caravan.app.shelf import Change, Shelf, checked_documents
+from caravan.data.records import Document
+from caravan.errors import CaravanError
+from caravan.model.encoder import check_texts
+
+_PAGE = Path(__file__).with_name("page")  # static files of a web page, where there is one
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorAnswer, "description": words}
+    for status, words in (
+        (400, "A text or document cannot be used"),
+        (401, "A key is needed, or is not known"),
+        (413, "More than the limits allow"),
+        (422, "Malformed JSON, or a field of another form"),
+        (429, "Too many texts wait; see Retry-After"),
+        (503, "Not now; see Retry-After"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Service:
+    """What the routes share."""
+
+    shelf: Shelf
+    keys: Keys
+    metrics: Metrics
+
+    async def ask(self, request: Request, asked: Asked) -> Found:
+        """Check texts, have them answered in a batch, and note how it went."""
+        limits, terms = self.shelf.terms.limits, self.shelf.terms
+        if len(asked.texts) > limits.max_texts:
+            raise too_large(
+                f"{len(asked.texts):,} texts, at most {limits.max_texts:,} are taken; send several requests"
+            )
+        longest = max(map(len, asked.texts))
+        if longest > limits.max_characters:
+            raise too_large(f"a text of {longest:,} characters, at most {limits.max_characters:,} are taken; cut it")
+        check_texts(asked.texts)
+        found, timing = await self.shelf.batcher.submit(asked)
+        notes = {"texts": len(asked.texts), "queue_ms": round(timing.queue_seconds * 1000, 2)}
+        notes |= {"inference_ms": round(timing.inference_seconds * 1000, 2), "batch": timing.batch_size}
+        if terms.log_texts:
+            notes["asked"] = list(asked.texts)
+        request.scope[NOTES] |= notes
+        return found
+
+
+async def _service(request: Request) -> Service:
+    return request.app.state.service
+
+
+Here = Annotated[Service, Depends(_service)]
+
+
+def _needs(right: Right) -> Any:
+    async def check(request: Request, service: Here) -> None:
+        service.keys.check(right, request.headers, request.client.host if request.client else None)
+
+    return Depends(check)
+
+
+open_routes = APIRouter(tags=["health"])
+reading = APIRouter(dependencies=[_needs("read")], responses=_ERRORS, tags=["search"])
+writing = APIRouter(
+    dependencies=[_needs("write")],
+    tags=["documents"],
+    responses=_ERRORS | {403: {"model": ErrorAnswer, "description": "This key, or nobody, may change documents"}},
+)
+
+
+@reading.post("/search", response_model=SearchAnswer)
+async def search(body: SearchBody, request: Request, service: Here) -> Response:
+    """Find the documents most likely to answer each query."""
+    limits = service.shelf.terms.limits
+    if body.k > limits.max_k:
+        raise unusable(f"k = {body.k}: at most {limits.max_k:,} hits a query are given; ask for fewer")
+    queries = [body.query] if isinstance(body.query, str) else body.query
+    found = await service.ask(request, Asked(queries, "hits", k=body.k, filter=body.filter, mips=body.mips))
+    catalogue = found.served.retriever.catalogue
+    results: list[dict[str, Any]] = []
+    for number, hits in enumerate(found.hits):
+        rows = [asdict(hit) for hit in hits]
+        for row in rows:
+            if body.texts:
+                row["metadata"] = dict(catalogue.document(catalogue.row(row["doc_id"])).metadata)
+            else:
+                del row["text"]
+        results.append({"hits": rows})
+        if body.mips:
+            documents = [(catalogue.document(row), score) for row, score in found.mips[number]]
+            results[-1]["mips"] = [
+                {"rank": rank, "doc_id": document.doc_id, "score": score, "title": document.title}
+                for rank, (document, score) in enumerate(documents, start=1)
+            ]
+    return _json({"results": results})
+
+
+@reading.get("/documents", response_model=DocumentsAnswer, tags=["documents"])
+async def documents(
+    service: Here,
+    doc_id: Annotated[list[str] | None, Query(description="Give these documents only.")] = None,
+    offset: Annotated[int, Query(ge=0, le=2**31)] = 0,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+) -> Response:
+    """Give documents by their ids, or the catalogue page by page."""
+    catalogue = service.shelf.current.retriever.catalogue
+    if doc_id is None:
+        chosen: Sequence[Document] = catalogue.documents[offset : offset + limit]
+    else:
+        known = dict(zip(catalogue.ids, catalogue.documents, strict=True))
+        for name in doc_id:
+            if name not in known:
+                raise unknown(f"no document {name[:60]!r}; check the id")
+        chosen = [known[name] for name in doc_id]
+    rows = [{**asdict(document), "metadata": dict(document.metadata)} for document in chosen]
+    return _json({"documents": rows, "total": len(catalogue), "offset": offset if doc_id is None else 0})
+
+
+@writing.post("/documents", response_model=ChangeAnswer, responses={409: {"model": ErrorAnswer}})
+async def add_documents(body: DocumentsBody, service: Here) -> Response:
+    """Add documents, or give known ones another text; they are saved before this is answered, and found at once."""
+    limits = service.shelf.terms.limits
+    if len(body.documents) > limits.max_documents:
+        what = f"{len(body.documents):,} documents, at most {limits.max_documents:,} are taken"
+        raise too_large(f"{what}; send several requests")
+    given = checked_documents([document.model_dump() for document in body.documents])
+    longest = max(len(document.content) for document in given)
+    if longest > limits.max_characters:
+        raise too_large(f"a document of {longest:,} characters, at most {limits.max_characters:,} are taken; split it")
+    check_texts([document.content for document in given])
+    return _change(await service.shelf.add(given, replacing=body.replace))
+
+
+@writing.delete(
+    "/documents",
+    response_model=ChangeAnswer,
+    responses={404: {"model": ErrorAnswer}, 409: {"model": ErrorAnswer}},
+)
+async def remove_documents(
+    service: Here, doc_id: Annotated[list[str], Query(min_length=1, description="Of the documents to remove.")]
+) -> Response:
+    """Remove documents; this is saved before it is answered."""
+    return _change(await service.shelf.remove(doc_id))
+
+
+@writing.post("/reload", response_model=InfoAnswer, tags=["model"], responses={409: {"model": ErrorAnswer}})
+async def reload(service: Here) -> Response:
+    """Read the model folder anew; a damaged one is refused and what was served stays."""
+    try:
+        await service.shelf.reload()
+    except CaravanError as error:
+        raise conflict(f"{error} -- what was served before is still served") from None
+    return _json(_info(service))
+
+
+@reading.post("/embed", response_model=list[list[float]], tags=["text-embeddings-inference"])
+async def embed(body: EmbedBody, request: Request, service: Here) -> Response:
+    """Encode texts (frozen model and adapter)."""
+    inputs = [body.inputs] if isinstance(body.inputs, str) else body.inputs
+    if not body.normalize and service.shelf.current.retriever.encoder.normalize:
+        raise unusable("this retriever's vectors always have norm 1; leave normalize out")
+    found = await service.ask(request, Asked(inputs, "vectors", whole=not body.truncate))
+    assert found.vectors is not None
+    vectors = normalize(found.vectors, dim=1) if body.normalize else found.vectors
+    return _json(vectors.tolist())
+
+
+@reading.post("/rerank", response_model=list[RankAnswer], tags=["text-embeddings-inference"])
+async def rerank(body: RerankBody, request: Request, service: Here) -> Response:
+    """Rank any texts for a query: by its trained row where a text is a document here, else as a new document."""
+    asked = Asked([body.query, *body.texts], "ranks", whole=not body.truncate, raw=body.raw_scores)
+    scores = (await service.ask(request, asked)).scores
+    order = sorted(range(len(scores)), key=lambda index: -scores[index])
+    texts = [{"text": body.texts[index]} if body.return_text else {} for index in order]
+    return _json([{"index": index, "score": scores[index], **text} for index, text in zip(order, texts, strict=True)])
+
+
+@reading.get("/info", response_model=InfoAnswer, tags=["model"])
+async def info(service: Here) -> Response:
+    """Say what is served."""
+    return _json(_info(service))
+
+
+@open_routes.get("/health", response_model=HealthAnswer, responses={503: _ERRORS[503]})
+@open_routes.get("/health/ready", response_model=HealthAnswer, responses={503: _ERRORS[503]})
+async def ready(service: Here) -> Response:
+    """Say whether work is taken and gets done; 503 where not."""
+    if not service.shelf.batcher.ready:
+        raise unavailable("not ready: closing, or stuck in one batch")
+    return _json({"status": "ready"})
+
+
+@open_routes.get("/health/live", response_model=HealthAnswer)
+async def live() -> Response:
+    """Say that the process lives."""
+    return _json({"status": "live"})
+
+
+@reading.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}}, tags=["health"])
+async def metrics(service: Here) -> Response:
+    """Give all counters in Prometheus' text format."""
+    return Response(service.metrics.exposition(), media_type=CONTENT_TYPE)
+
+
+def make_app(shelf: Shelf, keys: Keys, metrics: Metrics) -> FastAPI:
+    """Put the application together.
+
+    Args:
+        shelf: what is served.
+        keys: who may ask and who may change.
+        metrics: what is counted; the shelf's own.
+    """
+    app = FastAPI(
+        title="caravan",
+        version=version("caravan"),
+        summary="A classifier-as-retriever behind HTTP.",
+        lifespan=_lifespan,
+        # Their pages would load scripts from another host.
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.state.service = Service(shelf, keys, metrics)
+    for router in (reading, writing, open_routes):  # a further room's routes, such as those of answers, join here
+        app.include_router(router)
+    app.add_exception_handler(CaravanError, _refuse)
+    app.add_exception_handler(RequestValidationError, _refuse_body)
+    app.add_exception_handler(HTTPException, _refuse_route)
+    if shelf.terms.origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(shelf.terms.origins),
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["authorization", "content-type"],
+        )
+    app.add_middleware(Gate, limits=shelf.terms.limits, metrics=metrics)  # pyright: ignore[reportArgumentType]
+    if _PAGE.is_dir():
+        app.mount("/", StaticFiles(directory=_PAGE, html=True), name="page")
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    shelf: Shelf = app.state.service.shelf
+    shelf.batcher.start()
+    watch = asyncio.create_task(shelf.watch()) if shelf.terms.watch else None
+    try:
+        yield
+    finally:
+        if watch is not None:
+            watch.cancel()
+            with suppress(asyncio.CancelledError):
+                await watch
+        await shelf.batcher.close()
+        forget_process()
+
+
+async def _refuse(request: Request, error: Exception) -> Response:
+    assert isinstance(error, CaravanError)
+    reply = as_reply(error)
+    return Response(reply.body, reply.status, headers=reply.headers)
+
+
+async def _refuse_body(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    # Where and what is wrong, but not what was sent: it may be long, and is a query.
+    faults = [f"{'.'.join(map(str, fault['loc']))[:80]}: {fault['msg']}" for fault in error.errors()[:3]]
+    return await _refuse(request, unusable("; ".join(faults)))
+
+
+async def _refuse_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    status = HTTPStatus(error.status_code)
+    words = {
+        404: "there is nothing of this name; /openapi.json lists what there is",
+        405: "this cannot be done here; /openapi.json lists what can",
+    }
+    kind = "unknown" if status == HTTPStatus.NOT_FOUND else "validation"
+    return await _refuse(request, RefusedError(words.get(status, status.phrase), status, kind))
+
+
+def _change(change: Change) -> Response:
+    return _json(asdict(change))
+
+
+def _info(service: Service) -> dict[str, Any]:
+    terms, retriever = service.shelf.terms, service.shelf.current.retriever
+    backbone = retriever.encoder.backbone
+    return {
+        "model_id": Path(terms.folder).resolve().name,
+        "model_sha": backbone.hash,
+        "model_dtype": backbone.config.dtype,
+        "model_type": {"embedding": {"pooling": backbone.pooling}},
+        "max_concurrent_requests": terms.limits.max_waiting,
+        "max_input_length": backbone.max_tokens,
+        "max_batch_tokens": terms.limits.max_batch * backbone.max_tokens,
+        "max_batch_requests": terms.limits.max_batch,
+        "max_client_batch_size": terms.limits.max_texts,
+        "version": version("caravan"),
+        "documents": len(retriever.catalogue),
+        "documents_sha": retriever.catalogue.fingerprint,
+        "width": retriever.encoder.width,
+        "adapter": retriever.adapter_config.kind,
+        "mips": terms.mips,
+        "changes": retriever.record.get("changes", {}),
+    }
+
+
+def _json(value: Any) -> Response:
+    # Checked against the answer's model in tests; checking every float of every answer again would cost milliseconds.
+    return Response(json.dumps(value, ensure_ascii=True, allow_nan=False), media_type="application/json")

@@ -1,0 +1,51 @@
+"""A service on a saved retriever of random numbers, asked in this process: no socket, no model of any size."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.testclient import TestClient
+
+from caravan.app import bodies
+from caravan.app.access import Keys, read_keys
+from caravan.app.limits import Limits, Terms
+from caravan.app.metrics import Metrics
+from caravan.app.service import make_app
+from caravan.app.shelf import Shelf
+
+READ, WRITE = "read-key-of-16-characters", "write-key-of-16-characters"
+READER, WRITER = {"Authorization": f"Bearer {READ}"}, {"Authorization": f"Bearer {WRITE}"}
+KEYS = read_keys(None, {"CARAVAN_READ_KEYS": READ, "CARAVAN_WRITE_KEYS": WRITE}, local_changes=False)
+HERE = Keys(local_changes=True)
+BELL = {"doc_id": "bell", "title": "The bell", "text": "turn the ring to the left", "metadata": {"topic": "parts"}}
+
+
+def make(folder: Path, *, keys: Keys = HERE, limits: dict[str, Any] | None = None, **terms: Any) -> FastAPI:
+    """An application; `app.state.service` has its shelf."""
+    metrics = Metrics()
+    shelf = Shelf(Terms(folder=str(folder), limits=Limits(**limits or {}), **terms), metrics)
+    return make_app(shelf, keys, metrics)
+
+
+@contextmanager
+def client_of(app: FastAPI, *, peer: str = "127.0.0.1", host: str = "127.0.0.1") -> Iterator[TestClient]:
+    """A client on an application that was started and is ended; what fails inside is answered, not raised."""
+    with TestClient(app, base_url=f"http://{host}:8000", client=(peer, 50000), raise_server_exceptions=False) as client:
+        yield client
+
+
+@contextmanager
+def serving(folder: Path, **options: Any) -> Iterator[TestClient]:
+    """`make` and `client_of` at once."""
+    with client_of(make(folder, **options)) as client:
+        yield client
+
+
+def refusal(response, status: int) -> str:
+    """The one line of an answer that refuses."""
+    assert response.status_code == status, response.text
+    value = bodies.ErrorAnswer.model_validate_json(response.text)
+    assert "\n" not in value.error
+    return value.error
