@@ -174,7 +174,7 @@ def describe_installation() -> dict[str, Any]:
     from caravan import __version__
     from caravan.training.features import default_cache
 
-    extras = {"federated": "flwr", "ray": "ray", "datasets": "datasets", "report": "matplotlib", "compare": "peft"}
+    extras = {"federated": "flwr", "ray": "ray", "datasets": "datasets", "report": "matplotlib", "compare": "peft", "ask": "openai"}
     extras["private"] = "dp_accounting"
     return {
         "caravan": __version__,

@@ -116,7 +116,8 @@ def _weights(scores: Tensor, cosines: Tensor, gold: Tensor) -> tuple[float, floa
         return value
 
     optimizer.step(loss)
-    return float(weights[0]), float(weights[1])
+    sharpness, similarity = weights.detach().tolist()
+    return sharpness, similarity
 
 
 def _threshold(confidence: Tensor, hits: Tensor) -> float:
