@@ -33,9 +33,9 @@ def ask(
 ) -> None:
     """Answer a question from the documents, with citations, or say "I don't know".
 
-    caravan ask my-retriever "flat after 10 km??"
-    caravan ask my-retriever "flat after 10 km??" --generator Qwen/Qwen3-0.6B
-    caravan ask my-retriever "flat after 10 km??" --endpoint http://localhost:8000/v1 --endpoint-model qwen
+    caravan ask my-retriever "tubeless?"
+    caravan ask my-retriever "tubeless?" --generator Qwen/Qwen3-0.6B
+    caravan ask my-retriever "tubeless?" --endpoint http://localhost:8000/v1 --endpoint-model qwen
     """
     if (endpoint is None) != (endpoint_model is None):
         raise typer.BadParameter("--endpoint and --endpoint-model go together", param_hint="--endpoint")
