@@ -91,7 +91,7 @@ def inert(text: str, reserved: Sequence[str] = ()) -> str:
     """Make a text one line that neither ends its place in a prompt nor cites: no turn marks, no `[1]`, no controls."""
     text = "".join(part for part in " ".join(text.split()) if unicodedata.category(part) not in ("Cc", "Cs"))
     text = _CITATION.sub(r"(\1)", text)
-    marks = [mark for mark in (*_TURNS, *reserved) if len(mark) > 1]
+    marks = [mark for mark in map(str.strip, (*_TURNS, *reserved)) if len(mark) > 1]
     while found := [mark for mark in marks if mark in text]:
         for mark in found:
             text = text.replace(mark, f"{mark[0]} {mark[1:]}")

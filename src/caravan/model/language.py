@@ -11,6 +11,8 @@ from caravan.errors import BackboneError
 from caravan.model.backbone import Backbone
 from caravan.model.source import model_folder, weight_files
 
+_IN_FILES = {"embed_out.weight": "lm_head.weight"}  # GPT-NeoX's output layer, as its files call it
+
 
 def language_model(backbone: Backbone) -> Any:
     """Put the output layer of a decoder on blocks that are already in memory.
@@ -75,7 +77,8 @@ def _read(folder: Any, names: set[str]) -> Iterable[tuple[str, torch.Tensor]]:
     for path in weight_files(folder) if names else ():
         try:
             with safe_open(path, framework="pt") as file:
-                found = [(name, file.get_tensor(name)) for name in names.intersection(file.keys())]
+                keys = {_IN_FILES.get(key, key): key for key in file.keys()}  # noqa: SIM118 - not a mapping
+                found = [(name, file.get_tensor(keys[name])) for name in names.intersection(keys)]
         except (SafetensorError, OSError) as error:
             raise BackboneError(f"{path}: not a sound safetensors file ({error}); get the model again") from None
         yield from found
