@@ -154,7 +154,7 @@ class HuggingFace:
     def _ids(self, messages: list[Message]) -> list[int]:
         tokenizer = self._tokenizer
         if not tokenizer.chat_template:
-            return tokenizer(plain(messages))["input_ids"]
+            return tokenizer(plain(messages), verbose=False)["input_ids"]  # too long is what is being found out
         from jinja2 import TemplateError
 
         options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True}
@@ -163,4 +163,4 @@ class HuggingFace:
         except TemplateError:  # some formats have no system turn
             joined = [{"role": "user", "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}]
             text = tokenizer.apply_chat_template(joined, **options)
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
