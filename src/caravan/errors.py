@@ -35,3 +35,7 @@ class BudgetError(CaravanError):
 
 class PrivacyError(CaravanError):
     """A privacy guarantee cannot be given, would be broken, or its budget is spent."""
+
+
+class AnswerError(CaravanError):
+    """A question cannot be answered: the generator is missing or fails, or the prompt has no room."""

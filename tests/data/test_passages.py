@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from caravan.data.catalogue import Catalogue
-from caravan.data.passages import document_passages
+from caravan.data.passages import document_passages, sentences
 from caravan.data.records import Document
 
 REFUND = Document("refund", "We pay back within a week. Ask at the desk!\nKeep your receipt.", "How refunds work")
@@ -80,3 +80,8 @@ def test_any_text_gives_at_most_so_many_distinct_passages_each_of_its_own_words(
         assert len(own) <= most
         words = contents[int(doc_id)].split()
         assert all(set(text.split()) <= set(words) and len(text) >= 12 for text in own)
+
+
+def test_a_text_is_cut_after_its_sentences_and_at_the_ends_of_its_lines():
+    assert sentences("One  two. Three? Yes!\n\nFour\nfive 1.5 ") == ["One two.", "Three?", "Yes!", "Four", "five 1.5"]
+    assert sentences(" \n ") == []

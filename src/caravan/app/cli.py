@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from caravan import __version__
-from caravan.app import communicate, federate, personal, privacy, reproduce, serve
+from caravan.app import ask, communicate, federate, personal, privacy, reproduce, serve
 from caravan.app.command import Config, Json, Set, TwoWords, print_json, work
 from caravan.app.options import build_config, parse_settings
 from caravan.errors import CaravanError
@@ -329,6 +329,7 @@ def info(
         print_facts(facts)
 
 
+app.command()(ask.ask)
 app.command()(personal.personalise)
 app.command()(serve.serve)
 app.command()(reproduce.reproduce)

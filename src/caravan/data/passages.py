@@ -41,10 +41,15 @@ def document_passages(catalogue: Catalogue, most: int) -> list[Example]:
     return examples
 
 
+def sentences(text: str) -> list[str]:
+    """Cut a text after its sentences and at the ends of its lines; nothing is empty, whitespace is single spaces."""
+    return [" ".join(part.split()) for part in _BREAK.split(text) if part.strip()]
+
+
 def _cut(document: Document) -> Iterator[str]:
     if document.title.strip():
         yield document.title.strip()
-    for sentence in _BREAK.split(document.text):
+    for sentence in sentences(document.text):
         words = sentence.split()
         for start in range(0, len(words), _WORDS):
             text = " ".join(words[start : start + _WORDS])
