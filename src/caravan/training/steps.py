@@ -52,9 +52,12 @@ class Steps(Protocol):
 
     Attributes:
         per_epoch: steps of an epoch.
+        noise: standard deviation of the noise in each number of the latest step's gradient, where everybody may know
+            it; else None.
     """
 
     per_epoch: int
+    noise: float | None
 
     def of_epoch(self, epoch: int, done: int) -> Sequence[Batches]:
         """Give the batches of an epoch's steps but the first `done`."""
@@ -73,7 +76,7 @@ class PlainSteps:
     """All examples once an epoch, in an order drawn from the seed, and their gradient as it is."""
 
     def __init__(self, work: Work, accumulated: int) -> None:
-        self.work, self.accumulated = work, accumulated
+        self.work, self.accumulated, self.noise = work, accumulated, None
         self.per_epoch = -(-work.count // (work.batch_size * accumulated))
 
     def of_epoch(self, epoch: int, done: int) -> Sequence[Batches]:
