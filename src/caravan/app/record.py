@@ -5,9 +5,11 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from caravan.app.wording import describe_wording
 from caravan.config import Config
 from caravan.data.dataset import Dataset
 from caravan.federation.central_noise import CentralNoise
+from caravan.model.backbone import Backbone
 from caravan.training.budget import Budget, as_values
 
 _VERSIONS = ("caravan", "torch", "transformers", "safetensors", "flwr")
@@ -25,6 +27,7 @@ _OF_NODES = (
 def training_record(
     dataset: Dataset,
     config: Config,
+    backbone: Backbone,
     *,
     passages: int,
     history: Sequence[Mapping[str, Any]],
@@ -37,6 +40,7 @@ def training_record(
     Args:
         dataset: what was trained on.
         config: all settings.
+        backbone: the frozen model.
         passages: how many were trained on beside the queries.
         history: one record an epoch; none of a federated training.
         seconds: of training.
@@ -54,6 +58,7 @@ def training_record(
             "passages": passages,
             "skipped": dataset.skipped,
         },
+        "wording": describe_wording(backbone, dataset, private=config.privacy.mode != "none"),
         "history": list(history),
         "seed": config.seed,
         "seconds": round(seconds, 3),

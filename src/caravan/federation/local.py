@@ -13,7 +13,7 @@ from caravan.training.features import FeatureStore
 from caravan.training.private import PrivateSteps
 from caravan.training.progress import Report, prefixed
 from caravan.training.trainer import Stage, fit, trained_parameters
-from caravan.training.vitals import mean_metrics
+from caravan.training.vitals import round_metrics
 
 
 @dataclass(frozen=True)
@@ -97,5 +97,5 @@ def train_client(
     trained = retriever.trainable_state()
     tensors = {name: trained[name] for name in trained_names(retriever, part.stage)}
     # Whole clients are hidden by the server's noise, which covers tensors alone: no number may go beside them.
-    metrics = {} if config.privacy.mode == "client-level" else mean_metrics(records)
+    metrics = {} if config.privacy.mode == "client-level" else round_metrics(records)
     return Update(client, tensors, 1 if privacy else len(examples), metrics)

@@ -92,7 +92,8 @@ class PaperSteps:
     def __init__(self, work: Work, private: PrivateSteps, accumulated: int) -> None:
         self.work, self.private, self.accumulated = work, private, accumulated
         self.per_epoch = -(-work.count // (work.batch_size * accumulated))
-        self.warm, self.noise = False, None
+        self.warm = False
+        self.noise: float | None = None
 
     def of_epoch(self, epoch: int, done: int) -> Sequence[Batches]:
         """Give the steps of an epoch but the first `done`, as without privacy."""

@@ -76,7 +76,8 @@ class PlainSteps:
     """All examples once an epoch, in an order drawn from the seed, and their gradient as it is."""
 
     def __init__(self, work: Work, accumulated: int) -> None:
-        self.work, self.accumulated, self.noise = work, accumulated, None
+        self.work, self.accumulated = work, accumulated
+        self.noise: float | None = None
         self.per_epoch = -(-work.count // (work.batch_size * accumulated))
 
     def of_epoch(self, epoch: int, done: int) -> Sequence[Batches]:

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from caravan.config import AdapterStageConfig, HeadStageConfig, TrainingConfig
+from caravan.config import AdapterStageConfig, HeadStageConfig, PrivacyConfig, TrainingConfig
 from caravan.data.records import Example
 from caravan.errors import TrainingError
 from caravan.model.head import FlatHead
 from caravan.model.retriever import Retriever
 from caravan.training.batches import epoch_batches, noise_source
 from caravan.training.checkpoint import Checkpoint, Snapshot
+from caravan.training.diagnosis import Course, rate_too_high
 from caravan.training.features import FeatureStore
 from caravan.training.inputs import Inputs, TokenInputs, encode_inputs
 from caravan.training.mechanism import NoisedSteps, PaperSteps
@@ -162,6 +163,7 @@ class _Fit:
         self.optimizer = make_optimizer(self.parameters, self.settings, config.optimizer)
         self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.history: list[EpochRecord] = []
+        self.warned = False
         self.epoch, self.step_in_epoch, self.vitals = epochs.start, 0, Vitals()
         self.best: tuple[float, int, dict[str, Tensor]] | None = None
 
@@ -260,7 +262,7 @@ class _Fit:
     def _count_loss(self, loss: float | None, count: int) -> None:
         if loss is None or not math.isfinite(loss):
             raise self._diverged(f"the loss is {loss}")
-        self.vitals.loss += loss * count
+        self.vitals.see_loss(loss, count)
 
     @torch.no_grad()
     def _pull_to_anchors(self) -> None:
@@ -279,6 +281,7 @@ class _Fit:
         found |= {"validation_recall": recall, "validation_loss": validation_loss}
         epsilon = self.privacy.epsilon if self.privacy else None
         self.history.append(EpochRecord(self.stage, self.epoch, epsilon=epsilon, **found))
+        self._warn()
         if self.config.patience and recall is not None and (self.best is None or recall > self.best[0]):
             state = {name: parameter.detach().cpu().clone() for name, parameter in self.parameters.items()}
             self.best = (recall, self.epoch, state)
@@ -297,6 +300,19 @@ class _Fit:
             hits += sum(row in own for row, own in zip(scores.argmax(dim=1).tolist(), gold, strict=True))
             loss += float(plain_loss(scores, gold).sum())
         return hits / len(self.validation_gold), loss / len(self.validation_gold)
+
+    def _warn(self) -> None:
+        """Tell of a rate that is too high as soon as it shows: nothing good comes of the rest of the training."""
+        if self.report is None or self.warned or self.privacy is not None:
+            return
+        sizes = (len(self.retriever.catalogue), len(self.examples), len(self.validation_gold))
+        course = Course(self.stage, self.history, self.config, PrivacyConfig(), *sizes)
+        if (finding := rate_too_high(course)) is not None:
+            self.warned = True
+            total = self.steps.per_epoch * len(self.epochs)
+            done = min(total, self.steps.per_epoch * (self.epoch + 1 - self.epochs.start))
+            line = f"{finding.name}: {finding.evidence}; {finding.remedy} (--set {finding.settings[0]})"
+            self.report(Progress(self._task(), done, total, warning=line))
 
     def _out_of_patience(self) -> bool:
         return self.best is not None and self.epoch - self.best[1] > self.config.patience

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ class EpochRecord:
         predicted_decrease: how far the loss would have fallen in the epoch if it were linear along each step: the sum
             of <gradient, step>, nats. The loss of a head alone is convex, so that its steps, each on its own batch,
             cannot have lowered it by more.
+        first_loss: of the epoch's first step, nats: in epoch 0, from where the stage began.
         padding: share of the encoded places that held no token; None where nothing is encoded.
     """
 
@@ -47,6 +49,7 @@ class EpochRecord:
     clipped: float | None = None
     predicted_decrease: float | None = None
     padding: float | None = None
+    first_loss: float | None = None
 
     def metrics(self) -> dict[str, float]:
         """Its numbers by name; what is None is left out."""
@@ -54,7 +57,7 @@ class EpochRecord:
         return {name: values[name] for name in METRICS if values[name] is not None}
 
 
-METRICS = ("loss", "seconds", "gradient_norm", "noise_norm", "clipped", "predicted_decrease", "padding")
+METRICS = ("loss", "first_loss", "seconds", "gradient_norm", "noise_norm", "clipped", "predicted_decrease", "padding")
 
 
 @dataclass
@@ -68,6 +71,8 @@ class Vitals:
     noise: float = 0.0
     noise_spread: float = 0.0
     cut: int = 0
+    shrunk: float = 1.0
+    first_loss: float | None = None
     decrease: float = 0.0
     looks: int = 0
     tokens: int = 0
@@ -77,6 +82,12 @@ class Vitals:
         """Count a step's gradient, of this L2 norm before it is cut at `most`."""
         self.squares += norm**2
         self.cut += most is not None and norm > most
+        self.shrunk = 1.0 if most is None else max(1.0, norm / most)
+
+    def see_loss(self, loss: float, count: int) -> None:
+        """Count a step's mean loss over `count` queries."""
+        self.loss += loss * count
+        self.first_loss = loss if self.first_loss is None else self.first_loss
 
     def see_noised(self, gradients: Iterable[Tensor | None], std: float) -> None:
         """Count a step's noised gradient: its square has d std² more than that without noise, give or take √(2d) std².
@@ -103,11 +114,11 @@ class Vitals:
         return step % max(1, steps // _LOOKS) == 0
 
     def see_decrease(self, optimizer: torch.optim.Optimizer) -> None:
-        """Count what the optimizer's latest step promised."""
-        self.decrease += promised_decrease(optimizer)
+        """Count what the optimizer's latest step promised, by the gradient as it was before it was cut."""
+        self.decrease += self.shrunk * promised_decrease(optimizer)
         self.looks += 1
 
-    def close(self, *, queries: int, private: bool, padded: bool) -> dict[str, float | None]:
+    def close(self, *, queries: int, private: bool, padded: bool) -> dict[str, Any]:
         """Give the numbers of an `EpochRecord` that were gathered here, and begin anew.
 
         Args:
@@ -121,6 +132,7 @@ class Vitals:
         found = {
             "seconds": round(self.seconds, 3),
             "loss": None if private else self.loss / queries,
+            "first_loss": None if private else self.first_loss,
             "gradient_norm": norm if noisy or not private else None,
             "noise_norm": math.sqrt(self.noise / steps) if noisy else None,
             "clipped": None if private else self.cut / steps,
@@ -161,12 +173,18 @@ def _direction(gradient: Tensor, moments: Sequence[Tensor], group: Mapping, stat
     return mean / (square.sqrt() + group["eps"])
 
 
-def mean_metrics(records: Sequence[EpochRecord]) -> dict[str, float]:
-    """Give one number a metric for several epochs: sums of seconds and predicted decrease, means of the others."""
+def round_metrics(records: Sequence[EpochRecord]) -> dict[str, float]:
+    """Give one number a metric for a round's epochs, for whoever may know them.
+
+    Seconds and predicted decrease are summed, the others averaged; `first_loss` is the first epoch's, and `last_loss`
+    the mean loss of the last one.
+    """
     kept = [record.metrics() for record in records]
     found = {}
     for name in METRICS:
         values = [each[name] for each in kept if name in each]
         if values:
             found[name] = math.fsum(values) / (1 if name in ("seconds", "predicted_decrease") else len(values))
+    if "loss" in found:
+        found |= {"first_loss": kept[0]["first_loss"], "last_loss": kept[-1]["loss"]}
     return found
