@@ -127,8 +127,7 @@ def _epoch(row: Mapping[str, Any]) -> Any:
     from caravan.training.vitals import EpochRecord
 
     names = {field.name for field in fields(EpochRecord)}
-    needed = {"loss": None, "validation_recall": None}
-    return EpochRecord(**needed | {name: value for name, value in row.items() if name in names})
+    return EpochRecord(**{"loss": None, **{name: value for name, value in row.items() if name in names}})
 
 
 def _of_round(each: Mapping[str, Any]) -> dict[str, Any]:
