@@ -104,7 +104,7 @@ _HARD_CUT = 10.0  # gradients ten times as long as they may be: for SGD, a rate 
 _ADAM_FEELS = 1e-4  # a clip that brings single numbers of a gradient near Adam's epsilon of 1e-8
 _STILL_FALLING = 0.05  # of what is left, in the last epoch: half of it would go in another dozen
 _VALIDATION_RISE = 0.25  # over its least: what confidence alone does to the loss of a sound head stays below a tenth
-_NOISE_SHARE = 0.25  # of the noise's length in the way moved: a quarter is where recall went down by points
+_NOISE_SHARE = 0.4  # of the way moved: 0.14 where a point of recall was lost, 0.65 and 1.0 where 7 and 15 were
 _FAINT = 0.02  # gradients of a fiftieth of the clip: the noise is made for gradients fifty times as long
 _PADDING = 0.5  # half of the work
 
