@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from caravan.config import BackboneConfig
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from caravan.data.dataset import Dataset
     from caravan.model.backbone import Backbone
 
+_FIRST_WORDS = 8  # of a text: few enough to fit in what is read even where every letter is a token
 _MOST_TEXTS = 2_000  # evenly spaced: enough for shares to a few hundredths, and a tenth of a second
 # English has 1.1 to 1.3 pieces a word by a vocabulary made for it, and languages that multilingual models know badly
 # about 2 (arXiv:2012.15613, figure 2); beyond that a word is spelt more than read.
@@ -39,23 +41,21 @@ def read_texts(backbone: "Backbone", texts: Sequence[str]) -> dict[str, Any]:
     Returns:
         texts: how many were looked at.
         max_tokens: the longest that the model reads.
-        letters_per_word: of words, single marks among them.
-        pieces_per_word: tokens a word, of texts that were not cut; None where all are.
-        unknown: share of the tokens that stand for something the tokenizer does not know.
+        letters_per_word: of these words, single marks among them.
+        pieces_per_word: tokens a word, of the first words of each text; None where there are no words.
+        unknown: share of these tokens that stand for something the tokenizer does not know.
         cut: share of texts as long as the model reads, so that what came after is lost.
     """
     chosen = [texts[number] for number in range(0, len(texts), -(-len(texts) // _MOST_TEXTS))]
-    added = backbone.tokenizer.num_special_tokens_to_add()
-    unknown = backbone.tokenizer.unk_token_id
-    pieces = words = letters = strange = cut = 0
-    for text, ids in zip(chosen, backbone.tokenize(chosen), strict=True):
-        if len(ids) >= backbone.max_tokens:
-            cut += 1
-            continue
-        own = _WORD.findall(text)
-        words, letters = words + len(own), letters + sum(map(len, own))
-        pieces += max(len(ids) - added, 0)
-        strange += ids.count(unknown)
+    cut = sum(len(ids) >= backbone.max_tokens for ids in backbone.tokenize(chosen))
+    # Of whole texts only those could be counted that are not cut, and where words are shredded that may be none.
+    parted = [own for text in chosen if (own := list(islice(_WORD.finditer(text), _FIRST_WORDS)))]
+    heads = [own[-1].string[: own[-1].end()] for own in parted]
+    added, unknown = backbone.tokenizer.num_special_tokens_to_add(), backbone.tokenizer.unk_token_id
+    read = backbone.tokenize(heads)
+    pieces = sum(max(len(ids) - added, 0) for ids in read)
+    strange = sum(ids.count(unknown) for ids in read)
+    words, letters = sum(map(len, parted)), sum(len(word.group()) for own in parted for word in own)
     return {
         "texts": len(chosen),
         "max_tokens": backbone.max_tokens,
