@@ -181,6 +181,16 @@ def fits(folder: str | Path, backbone: Backbone) -> bool:
     return saved.hash == backbone.hash and backbone.blocks_dtype == getattr(torch, saved.dtype)
 
 
+def read_record(folder: str | Path) -> dict[str, Any]:
+    """Read what a saved retriever's training wrote down of itself, without loading the retriever.
+
+    Raises:
+        StorageError: the folder is no saved retriever, or its record is missing or damaged.
+    """
+    _read_manifest(Path(folder))
+    return _read_object(Path(folder) / _RECORD)
+
+
 def _describe(retriever: Retriever) -> _Manifest:
     if not isinstance(retriever.head, FlatHead):
         raise StorageError(f"a retriever with a {type(retriever.head).__name__} is for comparison and cannot be saved")

@@ -32,7 +32,7 @@ precision = "float32"
 [training.head]
 epochs = 2
 batch_size = 16
-learning_rate = 0.05
+learning_rate = 0.002
 [training.adapter]
 epochs = 1
 [evaluation]

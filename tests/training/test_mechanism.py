@@ -266,7 +266,7 @@ def test_a_stopped_training_goes_on_with_its_clip_and_spends_for_what_is_left(ba
         )  # fmt: skip
     snapshot = checkpoint.load()
     assert snapshot is not None
-    assert (snapshot.values["epoch"], snapshot.values["epoch_loss"]) == ({"paper": 0}.get(mode, 1), 0.0)
+    assert (snapshot.values["epoch"], snapshot.values["vitals"]["loss"]) == ({"paper": 0}.get(mode, 1), 0.0)
     done = snapshot.values["step_in_epoch"]
     second = private_steps(mode=mode, clip=3.0, batch=12)
     reports: list[StepReport] = []

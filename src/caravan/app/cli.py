@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from caravan import __version__
-from caravan.app import ask, communicate, federate, personal, privacy, reproduce, serve
+from caravan.app import ask, communicate, doctor, federate, personal, privacy, reproduce, serve
 from caravan.app.command import Config, Json, Set, TwoWords, print_json, work
 from caravan.app.options import build_config, parse_settings
 from caravan.errors import CaravanError
@@ -221,6 +221,7 @@ def train(
         typer.echo(
             f"Saved to {out}." + ("" if comparison else " Nothing was measured: the data has no held-out queries.")
         )
+        doctor.print_hints(retriever.record, out)
     _write_report(report, comparison, as_json, extra)
 
 
@@ -331,6 +332,7 @@ def info(
 
 app.command()(ask.ask)
 app.command()(personal.personalise)
+app.command()(doctor.doctor)
 app.command()(serve.serve)
 app.command()(reproduce.reproduce)
 app.add_typer(federate.app, name="federate")

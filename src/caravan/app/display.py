@@ -70,6 +70,8 @@ class Bars:
                 self._progress.remove_task(self._task[1])
             self._task = (step.task, self._progress.add_task(step.task, total=step.total, note=note))
         self._progress.update(self._task[1], completed=step.done, total=step.total, note=note)
+        if step.warning is not None:
+            self._console.print(Text(one_line(step.warning)), soft_wrap=True)
 
 
 def print_comparison(comparison: "Comparison", latency: Mapping[str, float] | None) -> None:

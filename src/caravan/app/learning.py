@@ -137,6 +137,7 @@ class Experiment:
         self.retriever.record = training_record(
             self.dataset,
             self.config,
+            self.backbone,
             passages=len(self.passages),
             history=history,
             seconds=seconds,

@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from caravan.app.wording import describe_wording
 from caravan.config import Config
 from caravan.data.dataset import Dataset
 from caravan.federation.central_noise import CentralNoise
+from caravan.model.backbone import Backbone
 from caravan.training.budget import Budget, as_values
 
 _NOT_OF_THE_RESULT = ("data", "evaluation", "deployment")  # the words themselves are hashed
@@ -48,6 +50,7 @@ def run_fingerprint(dataset: Dataset, config: Config, backbone: str) -> str:
 def training_record(
     dataset: Dataset,
     config: Config,
+    backbone: Backbone,
     *,
     passages: int,
     history: Sequence[Mapping[str, Any]],
@@ -61,6 +64,7 @@ def training_record(
     Args:
         dataset: what was trained on.
         config: all settings.
+        backbone: the frozen model.
         passages: how many were trained on beside the queries.
         history: one record an epoch; none of a federated training.
         seconds: of training.
@@ -79,6 +83,7 @@ def training_record(
             "passages": passages,
             "skipped": dataset.skipped,
         },
+        "wording": describe_wording(backbone, dataset, private=config.privacy.mode != "none"),
         "history": list(history),
         "seed": config.seed,
         "seconds": round(seconds, 3),

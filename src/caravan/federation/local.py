@@ -13,6 +13,7 @@ from caravan.training.features import FeatureStore
 from caravan.training.private import PrivateSteps
 from caravan.training.progress import Report, prefixed
 from caravan.training.trainer import Stage, fit, trained_parameters
+from caravan.training.vitals import round_metrics
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,9 @@ def train_client(
     """Train on one client's examples for one round.
 
     A private client's update weighs 1, whatever it has: how many examples that is, is nobody's business; and the
-    passages are not its to train on, since those of a private training come first and by themselves.
+    passages are not its to train on, since those of a private training come first and by themselves. The update's
+    metrics are those of `EpochRecord`, for which it is None of what is private; what leaves a node of them is up to its
+    operator.
 
     Args:
         retriever: of the same form as the server's; changed in place.
@@ -78,7 +81,7 @@ def train_client(
     """
     epochs, number, rounds = getattr(config.training, part.stage).epochs, part.number, part.rounds
     retriever.load_trainable_state(received, partial=True)
-    fit(
+    records = fit(
         retriever,
         examples,
         part.stage,
@@ -93,4 +96,6 @@ def train_client(
     )
     trained = retriever.trainable_state()
     tensors = {name: trained[name] for name in trained_names(retriever, part.stage)}
-    return Update(client, tensors, 1 if privacy else len(examples))
+    # Whole clients are hidden by the server's noise, which covers tensors alone: no number may go beside them.
+    metrics = {} if config.privacy.mode == "client-level" else round_metrics(records)
+    return Update(client, tensors, 1 if privacy else len(examples), metrics)

@@ -60,6 +60,9 @@ class RoundReport:
         bytes_down: bytes of the messages to all clients.
         traffic: both by client: {"up": bytes, "down": bytes}.
         seconds: wall-clock time from sending to averaged.
+        norms: L2 norms of their changes, in the order of `clients`; none where single updates are not for others to
+            know of: masked, or hidden by the server's noise.
+        agreement: of these changes, see `drift.Drift`; None where `norms` are none, or of fewer than two.
     """
 
     round: int
@@ -73,6 +76,8 @@ class RoundReport:
     bytes_down: int
     traffic: dict[str, dict[str, int]]
     seconds: float
+    norms: tuple[float, ...] = ()
+    agreement: float | None = None
 
 
 def check(

@@ -14,6 +14,7 @@ from caravan.config import FederationConfig
 from caravan.errors import FederationError
 from caravan.federation.broadcast import Broadcast
 from caravan.federation.codec import add
+from caravan.federation.drift import Drift
 from caravan.federation.messages import content_bytes, decode_answer, needs_whole_tensors
 from caravan.federation.quorum import check_settings, quorum, sample, sample_again
 from caravan.federation.rounds import Failure, RoundReport, Update, check_plan, judge, list_reasons, one_line
@@ -138,8 +139,10 @@ class Server:
         """Check what came back, ask again if it is too little, make the new global tensors, and report."""
         under_way, self.round = self.round, None
         assert under_way is not None
-        updates = self._usable(under_way, replies, grid)
-        combined = self.strategy.combine(under_way.number, updates, self.broadcast.start)
+        updates, drift = self._usable(under_way, replies, grid), Drift(self.broadcast.start)
+        told = self.strategy.noise is None and not self.settings.secure_aggregation
+        watched = drift.watch(updates) if told else updates
+        combined = self.strategy.combine(under_way.number, watched, self.broadcast.start)
         used = [client for client in self.clients if client in under_way.used]
         self.tensors = self.broadcast.advance(under_way.number, combined, used)
         were_asked = set(under_way.asked)
@@ -156,6 +159,8 @@ class Server:
             bytes_down=under_way.down.total(),
             traffic={client: {"up": under_way.up[client], "down": under_way.down[client]} for client in asked},
             seconds=time.perf_counter() - under_way.started,
+            norms=tuple(drift.norms[client] for client in used) if told else (),
+            agreement=drift.agreement,
         )
         if self.on_round is not None:
             self.on_round(report, {name: tensor.clone() for name, tensor in self.tensors.items()})

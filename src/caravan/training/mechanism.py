@@ -19,6 +19,7 @@ class NoisedSteps:
 
     Attributes:
         per_epoch: steps that see each unit about once on average.
+        noise: standard deviation of the noise in each number of the latest gradient: public, as clip and sigma are.
     """
 
     def __init__(self, work: Work, private: PrivateSteps, examples: Sequence[Example]) -> None:
@@ -30,6 +31,7 @@ class NoisedSteps:
         self.per_epoch = steps_per_epoch(len(self.units), private.config.batch)
         self.adaptive = private.config.mode == "dp-sgd-adaptive"
         self.multiplier = sum_noise(private.sigma, self.expected) if self.adaptive else private.sigma
+        self.noise: float | None = None
 
     def of_epoch(self, epoch: int, done: int) -> Sequence[Batches]:
         """Spend for the rest of an epoch's steps, and draw their batches: others at every call."""
@@ -60,6 +62,7 @@ class NoisedSteps:
         ]
         drawn, inside = sum(map(len, norms)), sum(int((each <= clip).sum()) for each in norms)
         total.write(self.multiplier * clip, self.expected, private)
+        self.noise = self.multiplier * clip / self.expected
         total.tell(private, drawn, drawn - inside, clip, self.multiplier * clip)
         if self.adaptive:
             self._move_clip(inside, drawn)
@@ -83,12 +86,14 @@ class PaperSteps:
 
     Attributes:
         per_epoch: as without privacy.
+        noise: None: it follows norms that are not noised.
     """
 
     def __init__(self, work: Work, private: PrivateSteps, accumulated: int) -> None:
         self.work, self.private, self.accumulated = work, private, accumulated
         self.per_epoch = -(-work.count // (work.batch_size * accumulated))
         self.warm = False
+        self.noise: float | None = None
 
     def of_epoch(self, epoch: int, done: int) -> Sequence[Batches]:
         """Give the steps of an epoch but the first `done`, as without privacy."""

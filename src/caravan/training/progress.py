@@ -15,6 +15,7 @@ class Progress:
         loss: the latest batch's loss, where there is one.
         rate: queries a second, where known.
         epsilon: what private trainings on the data have spent, the steps under way included.
+        warning: one line to show beside it and after it; once.
     """
 
     task: str
@@ -23,6 +24,7 @@ class Progress:
     loss: float | None = None
     rate: float | None = None
     epsilon: float | None = None
+    warning: str | None = None
 
 
 Report = Callable[[Progress], None]

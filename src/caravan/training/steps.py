@@ -52,9 +52,12 @@ class Steps(Protocol):
 
     Attributes:
         per_epoch: steps of an epoch.
+        noise: standard deviation of the noise in each number of the latest step's gradient, where everybody may know
+            it; else None.
     """
 
     per_epoch: int
+    noise: float | None
 
     def of_epoch(self, epoch: int, done: int) -> Sequence[Batches]:
         """Give the batches of an epoch's steps but the first `done`."""
@@ -74,6 +77,7 @@ class PlainSteps:
 
     def __init__(self, work: Work, accumulated: int) -> None:
         self.work, self.accumulated = work, accumulated
+        self.noise: float | None = None
         self.per_epoch = -(-work.count // (work.batch_size * accumulated))
 
     def of_epoch(self, epoch: int, done: int) -> Sequence[Batches]:

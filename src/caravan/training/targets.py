@@ -1,6 +1,6 @@
 """What training aims at: gold rows, the loss over them, and the rows that stay as they are."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal
 
 import torch
@@ -70,6 +70,20 @@ class Targets:
         if smoothing:
             gold = (1 - smoothing) * gold + smoothing * log_probability.mean(dim=1)
         return -(gold * self.weights[index])
+
+
+def plain_loss(scores: Tensor, gold: Sequence[Collection[int]]) -> Tensor:
+    """Cross-entropy as one would measure it: without smoothing or weights.
+
+    Args:
+        scores: float32 (B, C), logits.
+        gold: for each of the B queries its gold rows, which share the target evenly.
+
+    Returns:
+        float32 (B,), nats.
+    """
+    log_probability = functional.log_softmax(scores, dim=1)
+    return torch.stack([-own[list(rows)].mean() for own, rows in zip(log_probability, gold, strict=True)])
 
 
 class HeldRows:

@@ -3,19 +3,20 @@
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from caravan.config import AdapterStageConfig, HeadStageConfig, TrainingConfig
+from caravan.config import AdapterStageConfig, HeadStageConfig, PrivacyConfig, TrainingConfig
 from caravan.data.records import Example
 from caravan.errors import TrainingError
 from caravan.model.head import FlatHead
 from caravan.model.retriever import Retriever
 from caravan.training.batches import epoch_batches, noise_source
 from caravan.training.checkpoint import Checkpoint, Snapshot
+from caravan.training.diagnosis import Course, rate_too_high
 from caravan.training.features import FeatureStore
 from caravan.training.inputs import Inputs, TokenInputs, encode_inputs
 from caravan.training.mechanism import NoisedSteps, PaperSteps
@@ -25,32 +26,10 @@ from caravan.training.progress import Progress, Report
 from caravan.training.rate import automatic, choose_rates, with_rates
 from caravan.training.stages import Stage, trained_parameters
 from caravan.training.steps import Batches, PlainSteps, Steps, Work
-from caravan.training.targets import HeldRows, Targets
+from caravan.training.targets import HeldRows, Targets, plain_loss
+from caravan.training.vitals import EpochRecord, Vitals
 
 _VALIDATION_BATCH = 64  # queries without gradients: as when encoding
-
-
-@dataclass(frozen=True)
-class EpochRecord:
-    """One epoch of a training.
-
-    Attributes:
-        stage: "head" or "adapter".
-        epoch: from 0.
-        loss: mean training loss over the epoch's queries, nats, each as it was when its batch was trained on; None of
-            a private training, which may not tell.
-        validation_recall: share of validation queries whose first hit is gold, or None without validation.
-        seconds: wall-clock time of the training steps.
-        epsilon: what private trainings on the data have spent by the end of the epoch, rounded up a little; None of
-            one that is not private.
-    """
-
-    stage: str
-    epoch: int
-    loss: float | None
-    validation_recall: float | None
-    seconds: float
-    epsilon: float | None = None
 
 
 def fit(
@@ -179,7 +158,8 @@ class _Fit:
         self.optimizer = make_optimizer(self.parameters, self.settings, config.optimizer)
         self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.history: list[EpochRecord] = []
-        self.epoch, self.step_in_epoch, self.epoch_loss, self.epoch_seconds = epochs.start, 0, 0.0, 0.0
+        self.warned = False
+        self.epoch, self.step_in_epoch, self.vitals = epochs.start, 0, Vitals()
         self.best: tuple[float, int, dict[str, Tensor]] | None = None
 
     def prepare(self, store: FeatureStore) -> None:
@@ -240,16 +220,19 @@ class _Fit:
         for group, peak in zip(self.optimizer.param_groups, self.peak_rates, strict=True):
             group["lr"] = peak * factor
         loss = self.steps.gradients(batches, noise_source(self.seed, self.epoch, self.step_in_epoch))
+        if self.steps.noise is not None:
+            self.vitals.see_noised((parameter.grad for parameter in self.parameters.values()), self.steps.noise)
         self._pull_to_anchors()
         if self.privacy is None:
             self._bound_gradients()
             self._count_loss(loss, count)
         self.optimizer.step()
+        self._see_step(batches)
         if self.held is not None:
             self.held.put_back()
         self.step_in_epoch += 1
         seconds = time.perf_counter() - started
-        self.epoch_seconds += seconds
+        self.vitals.seconds += seconds
         if self.report is not None:
             done = step + 1 - self.epochs.start * steps
             epsilon = self.privacy.epsilon if self.privacy else None
@@ -259,13 +242,22 @@ class _Fit:
     def _bound_gradients(self) -> None:
         if self.held is not None:
             self.held.drop_gradients()
-        if self.config.max_gradient_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.config.max_gradient_norm)
+        most = self.config.max_gradient_norm
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), math.inf if most is None else most)
+        self.vitals.see_gradient(float(norm), most=most)
+
+    def _see_step(self, batches: Batches) -> None:
+        """Gather what tells a sound training from one that is not."""
+        self.vitals.steps += 1
+        if self.privacy is None:
+            self.vitals.see_lengths(batches, self.inputs.lengths)
+            if self.vitals.wants_decrease(self.step_in_epoch, self.steps.per_epoch):
+                self.vitals.see_decrease(self.optimizer)
 
     def _count_loss(self, loss: float | None, count: int) -> None:
         if loss is None or not math.isfinite(loss):
             raise self._diverged(f"the loss is {loss}")
-        self.epoch_loss += loss * count
+        self.vitals.see_loss(loss, count)
 
     @torch.no_grad()
     def _pull_to_anchors(self) -> None:
@@ -278,27 +270,44 @@ class _Fit:
     def _close_epoch(self) -> None:
         if not all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters.values()):
             raise self._diverged("a weight is no longer finite")
-        recall = self._validation_recall()
-        loss = self.epoch_loss / self.count if self.privacy is None else None
-        seconds = round(self.epoch_seconds, 3)
+        recall, validation_loss = self._validate()
+        private, padded = self.privacy is not None, self.stage == "adapter"
+        found = self.vitals.close(queries=self.count, private=private, padded=padded)
+        found |= {"validation_recall": recall, "validation_loss": validation_loss}
         epsilon = self.privacy.epsilon if self.privacy else None
-        self.history.append(EpochRecord(self.stage, self.epoch, loss, recall, seconds, epsilon))
+        self.history.append(EpochRecord(self.stage, self.epoch, epsilon=epsilon, **found))
+        self._warn()
         if self.config.patience and recall is not None and (self.best is None or recall > self.best[0]):
             state = {name: parameter.detach().cpu().clone() for name, parameter in self.parameters.items()}
             self.best = (recall, self.epoch, state)
         self.epoch += 1
-        self.step_in_epoch, self.epoch_loss, self.epoch_seconds = 0, 0.0, 0.0
+        self.step_in_epoch = 0
 
     @torch.no_grad()
-    def _validation_recall(self) -> float | None:
+    def _validate(self) -> tuple[float | None, float | None]:
+        """Recall@1 and mean loss of the validation queries."""
         if not self.validation_gold:
-            return None
-        hits = 0
+            return None, None
+        hits, loss = 0, 0.0
         for batch in epoch_batches(self.inputs.lengths[self.count :], _VALIDATION_BATCH, seed=0, epoch=0):
-            queries = self.inputs.queries([self.count + index for index in batch])
-            first = self.retriever.head(queries).argmax(dim=1).tolist()
-            hits += sum(row in self.validation_gold[index] for row, index in zip(first, batch, strict=True))
-        return hits / len(self.validation_gold)
+            scores = self.retriever.head(self.inputs.queries([self.count + index for index in batch]))
+            gold = [self.validation_gold[index] for index in batch]
+            hits += sum(row in own for row, own in zip(scores.argmax(dim=1).tolist(), gold, strict=True))
+            loss += float(plain_loss(scores, gold).sum())
+        return hits / len(self.validation_gold), loss / len(self.validation_gold)
+
+    def _warn(self) -> None:
+        """Tell of a rate that is too high as soon as it shows: nothing good comes of the rest of the training."""
+        if self.report is None or self.warned or self.privacy is not None:
+            return
+        sizes = (len(self.retriever.catalogue), len(self.examples), len(self.validation_gold))
+        course = Course(self.stage, self.history, self.config, PrivacyConfig(), *sizes)
+        if (finding := rate_too_high(course)) is not None:
+            self.warned = True
+            total = self.steps.per_epoch * len(self.epochs)
+            done = min(total, self.steps.per_epoch * (self.epoch + 1 - self.epochs.start))
+            line = f"{finding.name}: {finding.evidence}; {finding.remedy} (--set {finding.settings[0]})"
+            self.report(Progress(self._task(), done, total, warning=line))
 
     def _out_of_patience(self) -> bool:
         return self.best is not None and self.epoch - self.best[1] > self.config.patience
@@ -324,8 +333,7 @@ class _Fit:
             "part": self._part(),
             "epoch": self.epoch,
             "step_in_epoch": self.step_in_epoch,
-            "epoch_loss": self.epoch_loss,
-            "epoch_seconds": self.epoch_seconds,
+            "vitals": asdict(self.vitals),
             "best": None if self.best is None else self.best[:2],
             "history": [asdict(record) for record in self.history],
             "privacy": None if self.privacy is None else self.privacy.state(),
@@ -362,7 +370,7 @@ class _Fit:
                     for key, value in state.items()
                 }
         self.epoch, self.step_in_epoch = values["epoch"], values["step_in_epoch"]
-        self.epoch_loss, self.epoch_seconds = values["epoch_loss"], values["epoch_seconds"]
+        self.vitals = Vitals(**values["vitals"])
         if values["best"] is not None:
             self.best = (*values["best"], {name: tensors[f"best.{name}"] for name in self.parameters})
         self.history = [EpochRecord(**record) for record in values["history"]]
