@@ -33,10 +33,13 @@ def uninterrupted(backbone):
 
 def timeless(records):
     """Records as they are read back from a file, without the times in them."""
-    return [
-        {name: value for name, value in record.items() if name != "seconds"}
-        for record in json.loads(json.dumps(records))
-    ]
+
+    def without(value):
+        if isinstance(value, dict):
+            return {name: without(inner) for name, inner in value.items() if name != "seconds"}
+        return [without(inner) for inner in value] if isinstance(value, list) else value
+
+    return without(json.loads(json.dumps(records)))
 
 
 def tensors(folder):

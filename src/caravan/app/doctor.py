@@ -96,6 +96,7 @@ def examine(record: Mapping[str, Any], *, mbit: float = _MBIT) -> "list[Finding]
 def courses(record: Mapping[str, Any], config: "Config") -> "list[Course]":
     """The stages of a training as the rules look at them."""
     from caravan.training.diagnosis import Course
+    from caravan.training.rate import automatic, with_rates
 
     sizes, federation = record["dataset"], record.get("federation")
     rows = [_of_round(each) for each in federation["rounds"]] if federation else record["history"]
@@ -106,11 +107,11 @@ def courses(record: Mapping[str, Any], config: "Config") -> "list[Course]":
     found = []
     for stage, own in _by_stage(rows).items():
         epochs = [_epoch(row) for row in own]
+        chosen = {name: record["learning_rates"][stage][name] for name in automatic(config.training, stage)}
+        training = with_rates(config.training, stage, chosen)
         share = getattr(config.training, stage).epochs / len(epochs) if federation else 1.0
         found.append(
-            Course(
-                stage, epochs, config.training, config.privacy, sizes["documents"], queries, sizes["validation"], share
-            )
+            Course(stage, epochs, training, config.privacy, sizes["documents"], queries, sizes["validation"], share)
         )
     return found
 
