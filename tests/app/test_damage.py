@@ -28,6 +28,13 @@ def hits(model: Path | str) -> Any:
     return json.loads(outcome.out)
 
 
+def assert_finds_the_same(model: Path | str, other: Path | str) -> None:
+    """The same documents with the same scores, but for the last bits: vectors depend on what shares their batch."""
+    ours, theirs = ([hit for result in hits(each)["results"] for hit in result["hits"]] for each in (model, other))
+    assert [hit["doc_id"] for hit in ours] == [hit["doc_id"] for hit in theirs]
+    assert [hit["score"] for hit in ours] == pytest.approx([hit["score"] for hit in theirs], rel=1e-5)
+
+
 def change_json(name: str, **changes: Any) -> Callable[[Path], object]:
     def change(model: Path) -> None:
         values = json.loads((model / name).read_text(encoding="utf-8"))
@@ -105,7 +112,7 @@ def test_a_record_that_makes_no_sense_is_refused_where_it_is_needed(
     shutil.copytree(workshop.model, here / "odd")
     change_json("training.json", **changes)(here / "odd")
     check_refused(run(command, "odd"), "odd/training.json: ")
-    assert hits("odd") == hits(workshop.model)
+    assert_finds_the_same("odd", workshop.model)
 
 
 def without_weights(folder: Path) -> None:
@@ -179,7 +186,7 @@ def test_a_disk_that_fills_up_at_a_checkpoint_leaves_the_old_retriever(workshop:
     outcome = run("train", "-c", workshop.quick, "-o", "disk/out", *WIDE)
     check_refused(outcome, "out.checkpoint/head.safetensors: cannot be written", "No space left")
     assert listing(disk) == before
-    assert hits("disk/out") == hits(workshop.model)
+    assert_finds_the_same("disk/out", workshop.model)
 
 
 def test_a_disk_that_fills_up_at_the_end_costs_only_the_saving(workshop: Workshop, here: Path, disk: Path) -> None:
@@ -188,7 +195,7 @@ def test_a_disk_that_fills_up_at_the_end_costs_only_the_saving(workshop: Worksho
     before = listing(disk)
     check_refused(run(*train, "-o", "disk/out"), "disk/out", "cannot be written", "No space left")
     assert listing(disk).keys() - before.keys() == {"out.checkpoint", "out.checkpoint/head.safetensors"}
-    assert hits("disk/out") == hits(workshop.model)
+    assert_finds_the_same("disk/out", workshop.model)
 
     subprocess.run(["mount", "-o", "remount,size=4M", str(disk)], check=True)
     assert run(*train, "-o", "disk/out", "--resume").code == 0
@@ -207,7 +214,7 @@ def test_a_report_that_cannot_be_written_costs_neither_the_table_nor_the_retriev
     assert outcome.err.count("\n") == 1
     assert "head" in outcome.out
     assert "Saved to out." in outcome.out
-    assert hits("out") == hits(workshop.model)
+    assert_finds_the_same("out", workshop.model)
     written = {path.name: path.read_bytes() for path in (disk / "report").iterdir()}
     assert "results.json" not in written
     assert [name for name, content in written.items() if name.startswith(".") or not content] == []
