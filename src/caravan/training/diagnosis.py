@@ -134,7 +134,7 @@ def rate_too_high(course: Course) -> Finding | None:
         f"{course.stage}: the learning rate is too high",
         evidence,
         f"steps at {key} = {rate:g} go past the valley that their gradients point to",
-        f"lower {key}, first to a tenth",
+        f"lower {key}, first to a tenth{_or_chosen(course)}",
         (f"{key}={rate / 10:g}",),
         3,
     )
@@ -165,10 +165,15 @@ def _rate_too_low(course: Course, evidence: str, above: float, promised: float) 
         f"{course.stage}: the learning rate is too low",
         evidence,
         f"steps at {key} = {rate:g} are too short to get anywhere in {len(course.epochs) * course.per_epoch:g} epochs",
-        f"raise {key}, first to {better:g}",
+        f"raise {key}, first to {better:g}{_or_chosen(course)}",
         (f"{key}={better:g}",),
         3,
     )
+
+
+def _or_chosen(course: Course) -> str:
+    """The other remedy for a rate, where private queries are not to be looked at for it."""
+    return ', or let it be chosen ("auto")' if course.privacy.mode == "none" else ""
 
 
 def _cut_short(course: Course, evidence: str) -> Finding | None:
