@@ -4,6 +4,7 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from caravan.app.charts import Chart, Mark, Series
@@ -208,7 +209,12 @@ def protocol_trials(bench: Bench, dataset: Dataset) -> dict[str, list[dict[str, 
             if protocol == "the training set":
                 part = replace(part, test=part.train)
             key = f"sms_spam/{protocol}/seed {seed}"
-            outcome = bench.measure(key, lambda part=part, seed=seed, key=key: _protocol(bench, part, key, seed))
+            what = {
+                "epochs": bench.settings["protocol_epochs"],
+                **{name: len(getattr(part, name)) for name in ("train", "test")},
+            }
+            work = partial(_protocol, bench, part, key, seed)
+            outcome = bench.measure(key, work, matters=what)
             found.setdefault(protocol, []).append(outcome)
     return found
 
