@@ -11,8 +11,9 @@ from caravan.app.command import Json, print_json
 if TYPE_CHECKING:
     from caravan.config import Config
     from caravan.training.diagnosis import Course, Finding
+    from caravan.training.stages import Stage
 
-_MBIT = 100.0  # the office line between the 1 and 1,000: where even this is too slow, others are too
+_MBIT = 100.0  # an office's line: where even this is too slow, others are too
 
 
 def doctor(
@@ -105,7 +106,8 @@ def courses(record: Mapping[str, Any], config: "Config") -> "list[Course]":
         counts = [client["examples"] for client in federation["clients"]]
         queries = max(1, round(sum(counts) / len(counts))) if counts else 0
     found = []
-    for stage, own in _by_stage(rows).items():
+    for name, own in _by_stage(rows).items():
+        stage: Stage = "head" if name == "head" else "adapter"
         epochs = [_epoch(row) for row in own]
         chosen = {name: record["learning_rates"][stage][name] for name in automatic(config.training, stage)}
         training = with_rates(config.training, stage, chosen)

@@ -121,8 +121,8 @@ def rate_too_high(course: Course) -> Finding | None:
     if start is None or not losses:
         return None
     above = start - course.floor
-    # One batch's loss has a spread: half of what is above the floor again, and a quarter of a nat, is more than that.
-    rose = max(losses) > start + max(0.5 * above, 0.25)
+    # The start is one batch's loss, of queries of like length: in sound trainings here up to 0.3 nats below the rest's.
+    rose = max(losses) > start + max(0.5 * above, 0.5)
     stuck = promised is not None and promised > _WILD * above > 0 and start - losses[-1] < 0.5 * above
     if not (rose or stuck):
         return None
