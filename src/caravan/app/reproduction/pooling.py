@@ -7,10 +7,19 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from caravan.app.charts import Chart, Series
+from caravan.app.charts import Chart
 from caravan.app.reproduction.findings import Claim, Findings, Table, verdict
 from caravan.app.reproduction.frame import Bench, counts
-from caravan.app.reproduction.trials import interval, listed, recall_at_1, seeds_text, spread, train
+from caravan.app.reproduction.trials import (
+    interval,
+    listed,
+    recall_at_1,
+    recall_series,
+    seeds_text,
+    short_name,
+    spread,
+    train,
+)
 from caravan.config import BackboneConfig
 from caravan.data.dataset import Dataset
 from caravan.model.adapter import IdentityAdapter
@@ -41,7 +50,7 @@ def run(bench: Bench) -> Findings:
             for pooling in settings["poolings"]:
                 backbone = replace(bench.backbone, name=name, pooling=pooling)
                 outcomes = _outcomes(bench, dataset, backbone)
-                found[data, _short(name), pooling] = outcomes
+                found[data, short_name(name), pooling] = outcomes
                 rows.append(_row(bench, dataset, backbone, outcomes))
     return Findings(
         claims=[_claim(bench, found, rows)],
@@ -59,7 +68,7 @@ def _outcomes(bench: Bench, dataset: Dataset, backbone: BackboneConfig) -> list[
             loaded.append(load_backbone(backbone, seed=bench.seeds[0]))
         return loaded[0]
 
-    place = f"{dataset.name}/{_short(backbone.name)}/{backbone.pooling}"
+    place = f"{dataset.name}/{short_name(backbone.name)}/{backbone.pooling}"
     # The time of encoding has nothing to do with the seed.
     speed = bench.measure(f"{place}/encoding", lambda: _speed(bench, dataset, model()))
     outcomes = []
@@ -72,7 +81,7 @@ def _outcomes(bench: Bench, dataset: Dataset, backbone: BackboneConfig) -> list[
 def _measured(
     bench: Bench, dataset: Dataset, backbone: BackboneConfig, model: Callable[[], Backbone], seed: int
 ) -> dict[str, Any]:
-    what = f"{dataset.name}, {_short(backbone.name)}, {backbone.pooling}"
+    what = f"{dataset.name}, {short_name(backbone.name)}, {backbone.pooling}"
     changes = {
         "training.mode": "head",
         "training.head.epochs": bench.settings["head_epochs"],
@@ -100,7 +109,7 @@ def _row(bench: Bench, dataset: Dataset, backbone: BackboneConfig, outcomes: Seq
     speed = outcomes[0]["texts_per_second"]
     seconds = statistics.mean(outcome["seconds"] for outcome in outcomes)
     return [
-        *(counts(dataset), _short(backbone.name), backbone.pooling, "-", f"{mean:.2f}", interval(low, high)),
+        *(counts(dataset), short_name(backbone.name), backbone.pooling, "-", f"{mean:.2f}", interval(low, high)),
         *(spread(each), seeds_text(bench.seeds), f"{speed:,.0f}", f"{seconds:.1f}"),
     ]
 
@@ -133,15 +142,7 @@ def _chart(data: str, found: Outcomes, poolings: Sequence[str]) -> Chart:
     series = []
     for pooling in poolings:
         values = [recall_at_1(found[data, name, pooling]) for name in names]
-        series.append(
-            Series(
-                name=pooling,
-                x=names,
-                y=[mean for mean, _, _ in values],
-                low=[low for _, low, _ in values],
-                high=[high for _, _, high in values],
-            )
-        )
+        series.append(recall_series(pooling, names, values))
     return Chart(
         name=data.replace("_", "-"),
         title=f"{data}: recall@1 by pooling, head alone",
@@ -151,7 +152,3 @@ def _chart(data: str, found: Outcomes, poolings: Sequence[str]) -> Chart:
         series=series,
         y_limits=(0, 105),
     )
-
-
-def _short(name: str) -> str:
-    return name.rstrip("/").rsplit("/", 1)[-1]

@@ -4,14 +4,14 @@ import statistics
 from dataclasses import replace
 from typing import Any
 
-from caravan.app.charts import Chart, Mark, Series
+from caravan.app.charts import Chart, Mark
 from caravan.app.reproduction import spam
 from caravan.app.reproduction.findings import Findings, Table
 from caravan.app.reproduction.frame import Bench, counts
 from caravan.app.reproduction.parts import some
 from caravan.app.reproduction.retrieval_claims import PAPER, Rows, claims
 from caravan.app.reproduction.spam import Spam
-from caravan.app.reproduction.trials import figures, interval, recall_at_1, seeds_text, spread, train
+from caravan.app.reproduction.trials import figures, interval, recall_at_1, recall_series, seeds_text, spread, train
 from caravan.data.dataset import Dataset
 from caravan.errors import ConfigError
 from caravan.model.adapter import IdentityAdapter
@@ -135,15 +135,7 @@ def _chart(found: Rows) -> Chart:
     series = []
     for method in _METHODS:
         values = [recall_at_1(found[name, method]) for name in names]
-        series.append(
-            Series(
-                name=method,
-                x=names,
-                y=[mean for mean, _, _ in values],
-                low=[low for _, low, _ in values],
-                high=[high for _, _, high in values],
-            )
-        )
+        series.append(recall_series(method, names, values))
     marks = [Mark(name="paper (SMS spam)", y=figure, x="sms_spam", series=method) for method, figure in PAPER.items()]
     return Chart(
         name="recall",

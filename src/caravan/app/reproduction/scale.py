@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from caravan.app.charts import Chart, Series
+from caravan.app.charts import Chart
 from caravan.app.reproduction.findings import Claim, Findings, Table, verdict
 from caravan.app.reproduction.frame import Bench, counts
-from caravan.app.reproduction.trials import interval, listed, recall_at_1, seeds_text, train
+from caravan.app.reproduction.trials import interval, listed, recall_at_1, recall_series, seeds_text, short_name, train
 from caravan.config import BackboneConfig
 from caravan.data.dataset import Dataset
 from caravan.model.backbone import load_backbone
@@ -67,7 +67,7 @@ def _outcomes(bench: Bench, dataset: Dataset, backbone: BackboneConfig) -> list[
     }
     return [
         bench.measure(
-            f"{dataset.name}/{_short(backbone.name)}/{weights}/seed {seed}",
+            f"{dataset.name}/{short_name(backbone.name)}/{weights}/seed {seed}",
             lambda seed=seed: _measured(bench, dataset, backbone, seed),
             matters=matters,
         )
@@ -84,7 +84,7 @@ def _measured(bench: Bench, dataset: Dataset, backbone: BackboneConfig, seed: in
         "backbone.pooling": backbone.pooling,
         "backbone.random_weights": backbone.random_weights,
     }
-    what = f"{dataset.name}, {_short(backbone.name)}{', random' if backbone.random_weights else ''}, seed {seed}"
+    what = f"{dataset.name}, {short_name(backbone.name)}{', random' if backbone.random_weights else ''}, seed {seed}"
     outcome = train(bench, dataset, bench.config(seed, changes), what, backbone=model)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return {"head": outcome["head"], "adapter": outcome["adapter"], "parameters": parameters}
@@ -102,7 +102,7 @@ def _row(bench: Bench, dataset: Dataset, backbone: BackboneConfig, outcomes: Out
     (head, head_low, head_high), (adapter, low, high) = _stage(outcomes, "head"), _stage(outcomes, "adapter")
     weights = "random" if backbone.random_weights else "pretrained"
     return [
-        *(counts(dataset), _short(backbone.name), f"{outcomes[0]['parameters']:,}", weights, "-"),
+        *(counts(dataset), short_name(backbone.name), f"{outcomes[0]['parameters']:,}", weights, "-"),
         *(f"{head:.2f}", interval(head_low, head_high), f"{adapter:.2f}", interval(low, high)),
         *(f"{adapter - head:+.2f}", seeds_text(bench.seeds), _seconds(outcomes, "head"), _seconds(outcomes, "adapter")),
     ]
@@ -116,7 +116,7 @@ def _claim(bench: Bench, found: Mapping[tuple[str, str, bool], Outcomes], rows: 
             gains.setdefault(name, []).append(_stage(outcomes, "adapter")[0] - _stage(outcomes, "head")[0])
     ordered = sorted(gains, key=lambda name: sizes[name])
     ours = "; ".join(
-        f"{_short(name)} ({sizes[name] / 1e6:.1f}M): {sum(gains[name]) / len(gains[name]):+.2f}" for name in ordered
+        f"{short_name(name)} ({sizes[name] / 1e6:.1f}M): {sum(gains[name]) / len(gains[name]):+.2f}" for name in ordered
     )
     return Claim(
         says="Open question 3: does the adapter's gain over the head grow or shrink with the backbone?",
@@ -144,12 +144,10 @@ def _chart(data: str, found: Mapping[tuple[str, str, bool], Outcomes]) -> Chart:
             values = [_stage(outcomes, stage) for _, outcomes in kept]
             if kept:
                 series.append(
-                    Series(
-                        name=f"{stage}, {'random weights' if random else 'pretrained'}",
-                        x=[outcomes[0]["parameters"] for _, outcomes in kept],
-                        y=[mean for mean, _, _ in values],
-                        low=[low for _, low, _ in values],
-                        high=[high for _, _, high in values],
+                    recall_series(
+                        f"{stage}, {'random weights' if random else 'pretrained'}",
+                        [outcomes[0]["parameters"] for _, outcomes in kept],
+                        values,
                     )
                 )
     return Chart(
@@ -166,10 +164,6 @@ def _chart(data: str, found: Mapping[tuple[str, str, bool], Outcomes]) -> Chart:
 def _elsewhere(bench: Bench) -> list[str]:
     form = " --quick" if bench.quick else ""
     return [
-        f"caravan reproduce scale{form} --backbone {name} --device cuda --out {bench.folder.parent}/{_short(name)}"
+        f"caravan reproduce scale{form} --backbone {name} --device cuda --out {bench.folder.parent}/{short_name(name)}"
         for name in bench.settings["elsewhere"]
     ]
-
-
-def _short(name: str) -> str:
-    return name.rstrip("/").rsplit("/", 1)[-1]

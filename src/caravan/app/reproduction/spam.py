@@ -11,7 +11,7 @@ from caravan.app.charts import Chart, Mark, Series
 from caravan.app.reproduction.findings import Table
 from caravan.app.reproduction.frame import Bench, counts
 from caravan.app.reproduction.parts import some
-from caravan.app.reproduction.trials import recall_at_1, train
+from caravan.app.reproduction.trials import recall_at_1, recall_series, short_name, train
 from caravan.config import BackboneConfig
 from caravan.data.dataset import Dataset
 from caravan.data.records import Example
@@ -131,7 +131,7 @@ def prompt_trials(bench: Bench, dataset: Dataset) -> list[dict[str, Any]]:
     for name in [bench.backbone.name, *bench.small_models(bench.settings["small_models"])]:
         for pooling, normalize in (("mean", True), ("mean", False), ("last", True), ("last", False)):
             backbone = replace(bench.backbone, name=name, pooling=pooling, normalize=normalize)
-            key = f"sms_spam/MIPS/{name.rsplit('/', 1)[-1]}/{pooling}/{'cosine' if normalize else 'inner product'}"
+            key = f"sms_spam/MIPS/{short_name(name)}/{pooling}/{'cosine' if normalize else 'inner product'}"
             what = {
                 "prompts": bench.settings["prompts"],
                 "messages": len(messages),
@@ -154,7 +154,7 @@ def _prompted(bench: Bench, messages: Sequence[Example], config: BackboneConfig)
         right = [row == called for row, called in zip(first, spam, strict=True)]
         trials.append(
             {
-                "backbone": config.name.rsplit("/", 1)[-1],
+                "backbone": short_name(config.name),
                 "pooling": config.pooling,
                 "score": "cosine" if config.normalize else "inner product",
                 "texts": f"{ham_text} | {spam_text}",
@@ -304,15 +304,7 @@ def _protocol_chart(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> Chart:
     series = []
     for stage, name in (("head", "classifier alone"), ("adapter", "adapter + classifier")):
         values = [recall_at_1([outcome[stage] for outcome in outcomes]) for outcomes in found.values()]
-        series.append(
-            Series(
-                name=name,
-                x=list(found),
-                y=[mean for mean, _, _ in values],
-                low=[low for _, low, _ in values],
-                high=[high for _, _, high in values],
-            )
-        )
+        series.append(recall_series(name, list(found), values))
     lowest = min(value for each in series for value in each.low or () if value is not None)
     figures = [FIGURES["classifier"], FIGURES["adapter + classifier"]]
     return Chart(

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from caravan.app.charts import Series
 from caravan.app.comparison import rank_queries
 from caravan.app.learning import Experiment
 from caravan.app.reproduction.frame import Bench
@@ -83,6 +84,17 @@ def recall_at_1(outcomes: Sequence[Mapping[str, Any]]) -> tuple[float, float, fl
         for name in ("value", "low", "high")
     )
     return mean, low, high
+
+
+def recall_series(name: str, x: Sequence[Any], recalls: Sequence[tuple[float, float, float]]) -> Series:
+    """What `recall_at_1` gave, a point each, with its bounds."""
+    means, lows, highs = ([recall[place] for recall in recalls] for place in range(3))
+    return Series(name=name, x=x, y=means, low=lows, high=highs)
+
+
+def short_name(model: str) -> str:
+    """A model's id or folder without what is before its last slash."""
+    return model.rstrip("/").rsplit("/", 1)[-1]
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
