@@ -39,3 +39,7 @@ class PrivacyError(CaravanError):
 
 class AnswerError(CaravanError):
     """A question cannot be answered: the generator is missing or fails, or the prompt has no room."""
+
+
+class IntegrationError(CaravanError, ImportError):
+    """A package that an integration is for is not installed; an `ImportError` too, as it is told at the import."""
