@@ -1,6 +1,7 @@
 """Talk to `caravan mcp` as an assistant does, over standard streams: `python examples/with_mcp.py [FOLDER]`."""
 
 import asyncio
+import os
 import sys
 from pathlib import Path
 
@@ -14,7 +15,9 @@ folder = sys.argv[1] if len(sys.argv) > 1 else "helpdesk-retriever"
 async def main():
     """Start the server, list its tools, and use them."""
     program = Path(sys.executable).with_name("caravan")  # an assistant's settings say just "caravan"
-    async with Client(StdioServerParameters(command=str(program), args=["mcp", folder])) as client:
+    # Without `env` the server would see PATH and little else, so none of the CARAVAN_... variables.
+    server = StdioServerParameters(command=str(program), args=["mcp", folder], env=dict(os.environ))
+    async with Client(server) as client:
         print("tools:", [tool.name for tool in (await client.list_tools()).tools])
 
         found = await client.call_tool("search", {"query": "my bird went dark mid ride", "k": 3})

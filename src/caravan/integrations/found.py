@@ -16,11 +16,8 @@ def missing(error: ModuleNotFoundError, *, extra: str) -> IntegrationError:
         error: what the import of the framework raised.
         extra: the extra's name in pyproject.toml.
     """
-    return IntegrationError(
-        f"caravan.integrations.{extra.replace('-', '_')} needs {error.name}; "
-        f"install it: pip install 'caravan[{extra}]'",
-        name=error.name,
-    )
+    package = (error.name or extra).partition(".")[0]
+    return IntegrationError(f"this needs {package}; install it: pip install 'caravan[{extra}]'", name=package)
 
 
 def opened(source: str | Path | Retriever, *, device: str = "cpu") -> Retriever:

@@ -21,7 +21,7 @@ from caravan.storage import load, save
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin
-    from sklearn.utils import Tags, check_random_state
+    from sklearn.utils import Tags, assert_all_finite, check_random_state
     from sklearn.utils.multiclass import check_classification_targets
     from sklearn.utils.validation import check_consistent_length, check_is_fitted, column_or_1d
 except ModuleNotFoundError as error:
@@ -80,6 +80,7 @@ class CaravanClassifier(ClassifierMixin, BaseEstimator):
         """
         check_consistent_length(X, y)
         labels = column_or_1d(y, warn=True)
+        assert_all_finite(labels, input_name="y")
         check_classification_targets(labels)
         self.classes_, rows = np.unique(labels, return_inverse=True)
         config = self._config()
@@ -91,10 +92,11 @@ class CaravanClassifier(ClassifierMixin, BaseEstimator):
 
     def predict(self, X: Sequence[str]) -> NDArray[Any]:  # noqa: N803
         """Give the most probable label of each text: (B,)."""
-        return self.classes_[self.predict_proba(X).argmax(axis=1)]
+        probabilities = self.predict_proba(X)
+        return self.classes_[probabilities.argmax(axis=1)]
 
-    def predict_proba(self, X: Sequence[str]) -> NDArray[np.float64]:  # noqa: N803
-        """Give the probability of each label for each text: float64 (B, C), rows sum to 1.
+    def predict_proba(self, X: Sequence[str]) -> NDArray[np.float32]:  # noqa: N803
+        """Give the probability of each label for each text: float32 (B, C), rows sum to 1.
 
         Raises:
             NotFittedError: `fit` was not called.
@@ -102,7 +104,7 @@ class CaravanClassifier(ClassifierMixin, BaseEstimator):
         """
         check_is_fitted(self)
         scores = torch.cat([batch.cpu() for batch in self.retriever_.score_batches(_texts(X))])
-        return scores.double().softmax(dim=1).numpy()
+        return scores.softmax(dim=1).numpy()
 
     def _config(self) -> Config:
         given = {
