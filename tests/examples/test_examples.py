@@ -117,7 +117,7 @@ def test_mteb_measures_both(run: Run, trained: str):
 @pytest.mark.slow
 def test_sklearn_searches_settings_and_predicts(run: Run):
     lines = run("with_sklearn.py")
-    assert lines[0].startswith("best: {'learning_rate': 0.001}")
+    assert re.fullmatch(r"best: \{'learning_rate': 0\.0*1\}", lines[0])
     assert 0.6 < share(lines[1]) < 1
     assert first_topic(lines[2]) == "display"
 
@@ -145,9 +145,9 @@ def test_private_says_what_was_spent(run: Run):
     lines = run("private.py")
     assert "differential privacy for each training query" in lines[0]
     ((this, overall),) = re.findall(r"epsilon (\d+\.\d+) in this training, (\d+\.\d+) in all runs", lines[1])
-    assert 2.5 < float(this) <= 3
+    assert 7 < float(this) <= 8
     assert float(overall) >= float(this)
-    assert 0.4 < share(lines[2]) < 1
+    assert 0.4 < share(lines[2]) < 0.6  # next to MIPS, 0.498: docs/privacy.md
 
 
 @pytest.mark.slow

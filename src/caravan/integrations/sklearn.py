@@ -131,7 +131,8 @@ class CaravanClassifier(ClassifierMixin, BaseEstimator):
         return tags
 
     def __getstate__(self) -> dict[str, Any]:
-        state = dict(super().__getstate__())
+        kept: Any = super().__getstate__()
+        state: dict[str, Any] = dict(kept)
         if "retriever_" in state:
             with TemporaryDirectory() as place:
                 folder = save(state.pop("retriever_"), Path(place) / "retriever")
