@@ -1,7 +1,7 @@
 """Train with differential privacy for each question: `python examples/private.py [FOLDER]`.
 
-The help desk has 25 questions a document: too few to be both hidden and learned from, so expect no more than plain vector
-search (about 0.5). Of thousands of questions a document, privacy costs about a point; docs/privacy.md has figures.
+The help desk has 25 questions a document: too few to be both hidden and learned from, so expect no more than plain
+vector search (about 0.5). Where a document has thousands, privacy costs about a point: docs/privacy.md has figures.
 
 What a training spends stays spent: it goes into a ledger on this machine (`caravan privacy ledger`), and each further
 run of this script adds to it. `CARAVAN_LEDGER` names another place, for trying things out.
