@@ -89,7 +89,9 @@ class AskAnswer(BaseModel):
     known: bool = Field(description="Whether there is an answer.")
     confidence: float = Field(description="Probability that a document found answers.")
     citations: list[CitationAnswer] = Field(description="Documents that the text names.")
-    found: list[CitationAnswer] = Field(description="Documents that the generator was given, or that were too doubtful.")
+    found: list[CitationAnswer] = Field(
+        description="Documents that the generator was given, or that were too doubtful."
+    )
     generator: str
 
 
