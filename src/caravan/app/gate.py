@@ -83,7 +83,7 @@ class Gate:
         except Exception as error:
             scope[NOTES] |= _frames(error)
             if status == 0:
-                await _send(_INTERNAL, counted)
+                await _send(INTERNAL, counted)
         finally:
             self._note(scope, status, time.perf_counter() - started)
 
@@ -149,7 +149,7 @@ class GoneError(Exception):
     """The client closed the connection before its request was whole."""
 
 
-_INTERNAL = ErrorReply(
+INTERNAL = ErrorReply(
     500,
     {"content-type": "application/json"},
     b'{"error": "the service has a fault; its log says where", "error_type": "internal"}',

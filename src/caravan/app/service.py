@@ -20,7 +20,9 @@ from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 from torch.nn.functional import normalize
 
+from caravan.app import asking
 from caravan.app.access import Keys
+from caravan.app.asking import Asking
 from caravan.app.bodies import (
     ChangeAnswer,
     DocumentsAnswer,
@@ -222,7 +224,8 @@ def make_app(shelf: Shelf, keys: Keys, metrics: Metrics) -> FastAPI:
         redoc_url=None,
     )
     app.state.service = Service(shelf, keys, metrics)
-    for router in (reading, writing, open_routes):  # a further room's routes, such as those of answers, join here
+    app.state.asking = Asking(shelf)
+    for router in (reading, writing, asking.router, open_routes):  # a further room's routes join here
         app.include_router(router)
     app.add_exception_handler(CaravanError, _refuse)
     app.add_exception_handler(RequestValidationError, _refuse_body)
@@ -244,6 +247,7 @@ def make_app(shelf: Shelf, keys: Keys, metrics: Metrics) -> FastAPI:
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     shelf: Shelf = app.state.service.shelf
     shelf.batcher.start()
+    app.state.asking.start()
     watch = asyncio.create_task(shelf.watch()) if shelf.terms.watch else None
     try:
         yield
@@ -252,6 +256,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             watch.cancel()
             with suppress(asyncio.CancelledError):
                 await watch
+        await app.state.asking.close()
         await shelf.batcher.close()
         forget_process()
 
@@ -286,7 +291,7 @@ def _change(change: Change) -> Response:
 
 def _info(service: Service, request: Request) -> dict[str, Any]:
     terms, retriever = service.shelf.terms, service.shelf.current.retriever
-    backbone = retriever.encoder.backbone
+    backbone, answers = retriever.encoder.backbone, request.app.state.asking
     return {
         "model_id": Path(terms.folder).resolve().name,
         "model_sha": backbone.hash,
@@ -303,8 +308,8 @@ def _info(service: Service, request: Request) -> dict[str, Any]:
         "width": retriever.encoder.width,
         "adapter": retriever.adapter_config.kind,
         "mips": terms.mips,
-        "generator": "extractive",
-        "calibrated": False,
+        "generator": answers.generator.name,
+        "calibrated": answers.calibrated,
         "can_change": service.may("write", request),
         "training": False,
         "marks": 0,
