@@ -39,8 +39,9 @@ from caravan.app.gate import NOTES, Gate, as_reply
 from caravan.app.limits import RefusedError, conflict, too_large, unavailable, unknown, unusable
 from caravan.app.metrics import CONTENT_TYPE, Metrics, forget_process
 from caravan.app.routing import ERRORS, WRITE_ERRORS, Here, Service, as_json, needs, refusals
-from caravan.app.serving import Asked, Found
+from caravan.app.serving import Asked, Found, Served
 from caravan.app.shelf import Change, Shelf, checked_documents
+from caravan.data.catalogue import Catalogue
 from caravan.data.records import Document
 from caravan.errors import CaravanError
 from caravan.model.encoder import check_texts
@@ -62,6 +63,7 @@ async def search(body: SearchBody, request: Request, service: Here) -> Response:
     queries = [body.query] if isinstance(body.query, str) else body.query
     found = await _ask(service, request, Asked(queries, "hits", k=body.k, filter=body.filter, mips=body.mips))
     catalogue = found.served.retriever.catalogue
+    worded = await _by_words(found.served, queries, body, limits.timeout) if body.bm25 else ()
     results: list[dict[str, Any]] = []
     for number, hits in enumerate(found.hits):
         rows = [asdict(hit) for hit in hits]
@@ -72,12 +74,29 @@ async def search(body: SearchBody, request: Request, service: Here) -> Response:
                 del row["text"]
         results.append({"hits": rows})
         if body.mips:
-            documents = [(catalogue.document(row), score) for row, score in found.mips[number]]
-            results[-1]["mips"] = [
-                {"rank": rank, "doc_id": document.doc_id, "score": score, "title": document.title}
-                for rank, (document, score) in enumerate(documents, start=1)
-            ]
+            results[-1]["mips"] = _listed(catalogue, found.mips[number])
+        if body.bm25:
+            results[-1]["bm25"] = _listed(catalogue, worded[number])
     return as_json({"results": results})
+
+
+async def _by_words(
+    served: Served, queries: Sequence[str], body: SearchBody, timeout: float
+) -> list[list[tuple[int, float]]]:
+    """Rank by words: beside the batches, since that takes no model."""
+    work = asyncio.to_thread(served.by_words, queries, body.k, body.filter)
+    try:
+        return await asyncio.wait_for(work, timeout)
+    except TimeoutError:  # the first time after a change of a large catalogue
+        raise unavailable(f"no ranking by words within {timeout:g} s; ask again later", retry_after=1) from None
+
+
+def _listed(catalogue: Catalogue, found: Sequence[tuple[int, float]]) -> list[dict[str, Any]]:
+    documents = [(catalogue.document(row), score) for row, score in found]
+    return [
+        {"rank": rank, "doc_id": document.doc_id, "score": score, "title": document.title}
+        for rank, (document, score) in enumerate(documents, start=1)
+    ]
 
 
 @reading.get("/documents", response_model=DocumentsAnswer, tags=["documents"])
