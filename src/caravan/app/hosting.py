@@ -95,6 +95,7 @@ def _config(app: "FastAPI | str", **options: object) -> uvicorn.Config:
         access_log=False,  # it would hold what stands in a path
         timeout_graceful_shutdown=_GRACE,
         timeout_worker_healthcheck=_SILENCE,
+        ws="none",  # there is nothing to speak it with
         proxy_headers=False,  # else anybody could say to come from loopback
         server_header=False,
         **options,  # pyright: ignore[reportArgumentType]
