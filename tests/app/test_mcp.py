@@ -194,6 +194,8 @@ def test_the_tools_can_be_listed_as_json(workshop: Workshop):
 def test_what_cannot_be_given_is_refused_in_one_line(workshop: Workshop, tmp_path: Path):
     check_refused(run("mcp", tmp_path / "none"), "no such folder")
     check_refused(run("mcp", workshop.model, "--http", "0"), "--http", code=2)
+    check_refused(run("mcp", workshop.model, "--endpoint", "http://localhost:1/v1"), "--endpoint-model", code=2)
+    check_refused(run("mcp", workshop.model, "--generator", "self"), "decoder")
 
 
 def test_without_the_extra_it_is_named_in_one_line(workshop: Workshop, monkeypatch):

@@ -4,7 +4,8 @@ from typing import Annotated
 
 import typer
 
-from caravan.app.command import Json
+from caravan.app.command import Json, print_json
+from caravan.app.writing import ContextTokens, EndpointModel, EndpointUrl, GeneratorName, Writing
 
 
 def mcp(
@@ -18,6 +19,10 @@ def mcp(
             help="Serve http://127.0.0.1:PORT/mcp (streamable HTTP, this machine alone) instead of standard streams.",
         ),
     ] = None,
+    generator: GeneratorName = "extractive",
+    endpoint: EndpointUrl = None,
+    endpoint_model: EndpointModel = None,
+    context_tokens: ContextTokens = 4096,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     as_json: Json = False,
 ) -> None:
@@ -29,6 +34,7 @@ def mcp(
     caravan mcp my-retriever
     caravan mcp my-retriever --http 8001
     """
+    writing = Writing.of_options(generator, endpoint, endpoint_model, context_tokens)
     import asyncio
 
     from caravan.errors import IntegrationError
@@ -40,16 +46,20 @@ def mcp(
             raise
         raise IntegrationError("caravan mcp needs mcp; install it: pip install 'caravan[mcp]'") from None
     from caravan.app.answering import Answering
-    from caravan.app.command import print_json
     from caravan.app.evidence import calibrated
     from caravan.storage import load
 
     retriever = load(model, device=device)
-    server = make_server(Answering(retriever, calibration=calibrated(model, retriever)))
+    writer = writing.make(retriever.encoder.backbone)
+    server = make_server(Answering(retriever, writer, calibration=calibrated(model, retriever)))
     if as_json:
         tools = asyncio.run(server.list_tools())
         print_json({"tools": [tool.model_dump(mode="json", by_alias=True, exclude_none=True) for tool in tools]})
-    elif http is not None:
-        server.run("streamable-http", port=http)
-    else:
-        server.run()
+        return
+    try:
+        if http is not None:
+            server.run("streamable-http", port=http)
+        else:
+            server.run()
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
