@@ -1,8 +1,8 @@
-"""The store of marks: what it keeps, what a kill, a full disk and other writers leave of it, and that train takes it."""
+"""The store of marks: what it keeps, what kills, full disks and other writers leave of it, and that train takes it."""
 
 import json
 import multiprocessing
-import os
+from collections import deque
 from pathlib import Path
 
 import pytest
@@ -36,8 +36,8 @@ def test_a_mark_is_a_line_of_a_query_file_that_only_its_owner_may_read(marks: Ma
     assert [json.loads(line) for line in lines] == [
         {"text": "my bird went dark", "label": "battery", "time": "2026-01-02T03:04:05.000006Z", "model": "abc"}
     ]
-    assert os.stat(marks.folder).st_mode & 0o077 == 0
-    assert os.stat(marks.folder / RIGHT).st_mode & 0o077 == 0
+    assert marks.folder.stat().st_mode & 0o077 == 0
+    assert (marks.folder / RIGHT).stat().st_mode & 0o077 == 0
 
 
 def test_the_same_mark_again_adds_nothing_and_the_opposite_takes_its_place(marks: Marks) -> None:
@@ -154,11 +154,11 @@ def test_several_processes_lose_no_mark(tmp_path: Path) -> None:
 def test_a_full_disk_refuses_a_mark_and_loses_none(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", kib=64) as disk:
         marks = Marks(disk / "model")
-        kept = 0
+        many = (Mark(f"{number} " + "word " * 500, "d", right=True, time=now()) for number in range(1000))
         with pytest.raises(StorageError, match="No space left"):
-            for kept in range(1000):
-                marks.add(Mark(f"{kept} " + "word " * 500, "d", right=True, time=now()))
+            deque(map(marks.add, many), maxlen=0)
         found = marks.read()
+        kept = 1000 - 1 - sum(1 for _ in many)
         assert len(found.marks) == kept > 0
         assert found.damaged == ()
         (disk / "model.feedback" / WRONG).unlink(missing_ok=True)
