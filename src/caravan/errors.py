@@ -39,3 +39,7 @@ class PrivacyError(CaravanError):
 
 class AnswerError(CaravanError):
     """A question cannot be answered: the generator is missing or fails, or the prompt has no room."""
+
+
+class GeneratorError(AnswerError):
+    """Whoever writes answers refuses, fails, or cannot be reached; the question is not at fault."""

@@ -31,7 +31,7 @@ FORMAT_VERSION = 1
 
 _CONFIG, _RECORD, _DOCUMENTS, _CARD = "config.json", "training.json", "documents.jsonl", "README.md"
 _TENSORS = {"adapter.": "adapter.safetensors", "head.": "head.safetensors"}
-_OURS = {_CONFIG, _RECORD, _DOCUMENTS, _CARD, *_TENSORS.values()}
+FILES = frozenset({_CONFIG, _RECORD, _DOCUMENTS, _CARD, *_TENSORS.values()})
 _GIVE = "load the model yourself and give it: load(folder, backbone=load_backbone(BackboneConfig(name=...)))"
 
 _STRICT = ConfigDict(extra="forbid")
@@ -210,7 +210,7 @@ def _describe(retriever: Retriever) -> _Manifest:
 
 def _keep_others(old: Path, new: Path) -> None:
     for entry in old.iterdir() if old.is_dir() else ():
-        if entry.name in _OURS:
+        if entry.name in FILES:
             continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.copytree(entry, new / entry.name, symlinks=True)

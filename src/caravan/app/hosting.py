@@ -14,11 +14,13 @@ from fastapi import FastAPI
 from uvicorn.supervisors import Multiprocess
 
 from caravan.app.access import read_keys
+from caravan.app.asking import Asking
 from caravan.app.gate import JsonLines
 from caravan.app.limits import Limits, Terms
 from caravan.app.metrics import FOLDER_VARIABLE, Metrics
 from caravan.app.service import make_app
 from caravan.app.shelf import Shelf
+from caravan.app.writing import Writing
 from caravan.errors import CaravanError, ConfigError
 
 _TERMS = "CARAVAN_SERVE_TERMS"  # how a worker process learns what it serves
@@ -30,11 +32,11 @@ def host(terms: Terms, address: str, port: int, *, workers: int) -> None:
     """Serve until told to stop.
 
     Raises:
-        CaravanError: the folder, the keys or the port cannot be used.
+        CaravanError: the folder, the keys, the generator or the port cannot be used.
     """
     app = application(terms) if workers == 1 else None
     if app is None:
-        Shelf(dataclasses.replace(terms, mips=False), Metrics())  # a damaged folder is told once, here
+        Asking(Shelf(dataclasses.replace(terms, mips=False), Metrics()))  # a damaged folder is told once, here
         read_keys(terms.keys, local_changes=terms.local_changes)
     with _listening(address, port) as listener:
         shown = f"[{address}]" if ":" in address else address
@@ -55,7 +57,7 @@ def application(terms: Terms) -> FastAPI:
     """Load what is to be served, with the log set up.
 
     Raises:
-        CaravanError: the folder or the keys cannot be used.
+        CaravanError: the folder, the keys or the generator cannot be used.
     """
     _set_up_log()
     metrics = Metrics()
@@ -67,6 +69,7 @@ def worker() -> FastAPI:
     """The application of one of several processes, which are told by the environment what to serve."""
     values = json.loads(os.environ[_TERMS])
     values |= {"limits": Limits(**values["limits"]), "origins": tuple(values["origins"])}
+    values["writing"] = Writing(**values["writing"])
     try:
         return application(Terms(**values))
     except CaravanError as error:  # the folder was damaged since the first process looked
