@@ -2,10 +2,13 @@
 
 import { counted, element, labels, partsOf, probabilityBar, show } from "./elements.js";
 import { carry, note } from "./routes.js";
-import { served } from "./served.js";
+import { served, servedAnew } from "./served.js";
 import { ask, events, ServiceError, withQuery } from "./service.js";
 import { clearTrouble, showTrouble } from "./trouble.js";
 import { marked, wordsOf } from "./words.js";
+
+const PATIENCE = 2500; // milliseconds after which a person is told why it takes long
+const SLOW = "Still looking. The first answer after a start can take a minute. ";
 
 export function askPage(root) {
   const parts = partsOf(root);
@@ -25,12 +28,16 @@ export function askPage(root) {
     const text = element("p", { class: "written writing" });
     show(parts.answer, element("article", { class: "answer", "aria-busy": "true" }, text));
     parts.status.textContent = "Looking for an answer";
+    const slow = setTimeout(() => text.append(element("span", { class: "hint" }, SLOW)), PATIENCE);
     try {
-      const answer = await written(query, signal, (words) => text.replaceChildren(words));
+      const answer = await written(query, signal, (words) => {
+        clearTimeout(slow);
+        text.replaceChildren(words);
+      });
       if (signal.aborted) return;
       const documents = await texts(answer.found, signal);
       if (signal.aborted) return;
-      show(parts.answer, ...whole(answer, documents, wordsOf(query), await served()));
+      show(parts.answer, ...whole(answer, documents, wordsOf(query), await servedAnew()));
       parts.status.textContent = answer.known
         ? `Answered, citing ${counted(answer.citations.length, "document")}.`
         : "There is no sure answer; the closest documents are listed.";
@@ -39,6 +46,8 @@ export function askPage(root) {
       show(parts.answer);
       parts.status.textContent = "";
       showTrouble(parts.trouble, error, run);
+    } finally {
+      clearTimeout(slow);
     }
   }
 
