@@ -73,6 +73,39 @@ class TestSearch:
             assert "--mips" in refusal(client.post("/search", json={"query": "refund", "mips": True}), 400)
 
 
+class TestByWords:
+    def test_documents_that_share_words_are_ranked_as_by_the_baseline(self, asked: TestClient) -> None:
+        from caravan.training.baselines import bm25
+
+        texts = [document.content for document in DOCUMENTS]
+        ranking = bm25(["track the refund", "parcel"], texts)
+        results = asked.post("/search", json={"query": ["track the refund", "parcel"], "bm25": True}).json()["results"]
+        for number, result in enumerate(results):
+            bodies.ResultAnswer.model_validate(result)
+            wanted = [
+                (DOCUMENTS[row].doc_id, pytest.approx(score))
+                for row, score in zip(ranking.rows[number].tolist(), ranking.scores[number].tolist(), strict=True)
+                if score > 0
+            ]
+            assert [(row["doc_id"], row["score"]) for row in result["bm25"]] == wanted
+        assert [row["doc_id"] for row in results[1]["bm25"]] == ["parcel"]
+
+    def test_without_a_shared_word_nothing_is_found_and_a_filter_holds(self, asked: TestClient) -> None:
+        (nothing,) = asked.post("/search", json={"query": "zebra", "bm25": True}).json()["results"]
+        assert nothing["bm25"] == []
+        body = {"query": "track a refund", "bm25": True, "filter": {"url": "https://example.org/1"}}
+        (result,) = asked.post("/search", json=body).json()["results"]
+        assert [(row["rank"], row["doc_id"], row["title"]) for row in result["bm25"]] == [(1, "parcel", "Tracking")]
+
+    def test_a_document_that_was_added_is_found_by_its_words_at_once(self, folder: Path) -> None:
+        body = {"query": "ring to the left", "bm25": True}
+        with serving(folder) as client:
+            assert client.post("/search", json=body).json()["results"][0]["bm25"] == []
+            client.post("/documents", json={"documents": [BELL]})
+            (found,) = client.post("/search", json=body).json()["results"][0]["bm25"]
+        assert found["doc_id"] == "bell"
+
+
 @pytest.mark.parametrize(
     ("body", "status", "word"),
     [
@@ -283,9 +316,11 @@ def test_the_description_has_every_route_and_examples_that_are_answered(folder: 
         assert paths == {
             ("post", "/search"), ("get", "/documents"), ("post", "/documents"), ("delete", "/documents"),
             ("post", "/reload"), ("post", "/embed"), ("post", "/rerank"), ("get", "/info"), ("get", "/health"),
-            ("get", "/health/ready"), ("get", "/health/live"), ("get", "/metrics"),
+            ("get", "/health/ready"), ("get", "/health/live"), ("get", "/metrics"), ("post", "/ask"),
+            ("get", "/training"), ("get", "/training/events"),
         }  # fmt: skip
         bodies_of = {"/search": "Search", "/documents": "Documents", "/embed": "Embed", "/rerank": "Rerank"}
+        bodies_of["/ask"] = "Ask"
         for path, name in bodies_of.items():
             (example,) = description["components"]["schemas"][f"{name}Body"]["examples"]
             assert client.post(path, json=example).status_code == 200, path

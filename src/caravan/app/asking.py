@@ -19,7 +19,7 @@ from fastapi.sse import EventSourceResponse, format_sse_event
 from caravan.app.answering import Answer, Answering
 from caravan.app.bodies import AskAnswer, AskBody
 from caravan.app.evidence import calibrated
-from caravan.app.gate import INTERNAL, NOTES, as_reply
+from caravan.app.gate import INTERNAL, NOTES, as_reply, frames_of
 from caravan.app.generators import Piece
 from caravan.app.limits import RefusedError, unavailable
 from caravan.app.routing import ERRORS, Here, as_json, needs, refusals, while_connected
@@ -74,7 +74,7 @@ class Asking:
         """End what is being written."""
         for stop in self._stops:
             stop.set()
-        await asyncio.to_thread(self._threads.shutdown, cancel_futures=True)
+        await asyncio.to_thread(self._threads.shutdown)
 
     async def parts(self, question: str) -> AsyncGenerator[Piece | Answer, None]:
         """Give an answer's pieces as they are written and, last, the answer; who stops listening stops the generator.
@@ -117,14 +117,15 @@ class Asking:
 
     def _write(self, question: str, stop: threading.Event, tell: Any) -> None:
         """Answer one question, in a thread; what goes wrong is told like a part."""
-        if stop.is_set():
-            return
         try:
-            with closing(self._answering().stream(question)) as parts:
-                for part in parts:
-                    if stop.is_set():
-                        return
-                    tell(part)
+            if not stop.is_set():
+                with closing(self._answering().stream(question)) as parts:
+                    for part in parts:
+                        if stop.is_set():
+                            break
+                        tell(part)
+            if stop.is_set():  # by the service, if anybody still listens
+                tell(unavailable("the service is shutting down; ask another one"))
         except Exception as error:
             tell(error)
 
@@ -200,7 +201,9 @@ async def ask(body: AskBody, request: Request, service: Here, asking: Annotated[
     if not (body.stream or "text/event-stream" in request.headers.get("accept", "")):
         return as_json(_plain(await while_connected(request, _last(parts)), asking))
     first = await while_connected(request, anext(parts))  # what is refused at once is refused with its status
-    return EventSourceResponse(_events(first, parts, asking), headers={"cache-control": "no-store"})
+    return EventSourceResponse(
+        _events(first, parts, asking, request.scope[NOTES]), headers={"cache-control": "no-store"}
+    )
 
 
 async def _last(parts: AsyncIterator[Piece | Answer]) -> Answer:
@@ -212,7 +215,7 @@ async def _last(parts: AsyncIterator[Piece | Answer]) -> Answer:
 
 
 async def _events(
-    first: Piece | Answer, parts: AsyncGenerator[Piece | Answer, None], asking: Asking
+    first: Piece | Answer, parts: AsyncGenerator[Piece | Answer, None], asking: Asking, notes: dict[str, Any]
 ) -> AsyncIterator[bytes]:
     yield _event(first, asking)
     try:
@@ -220,9 +223,9 @@ async def _events(
             yield _event(part, asking)
     except CaravanError as error:
         yield format_sse_event(event="error", data_str=as_reply(error).body.decode())
-    except Exception:
+    except Exception as error:  # too late for a status
+        notes |= frames_of(error)
         yield format_sse_event(event="error", data_str=INTERNAL.body.decode())
-        raise
     finally:
         await parts.aclose()
 

@@ -116,6 +116,15 @@ class PointAnswer(BaseModel):
     epsilon: float | None = Field(None, description="Spent by then, where the training is private.")
 
 
+class NowAnswer(BaseModel):
+    """How far a training is within an epoch or round."""
+
+    task: str
+    done: int
+    total: int
+    loss: float | None = Field(description="Of the latest batch.")
+
+
 class TrainingAnswer(BaseModel):
     """A training that runs or ran; the data of the event `training`."""
 
@@ -124,7 +133,10 @@ class TrainingAnswer(BaseModel):
     settings: dict[str, Any] = Field(description="Some of its settings.")
     points: list[PointAnswer]
     privacy: str = Field(description="What is promised of the training queries, in words.")
-    measures: dict[str, Any] = Field(description="Of a finished training, on held-out queries.")
+    measures: dict[str, Any] = Field(
+        description="Of a finished training: `split`, and `results` by method, each with `metrics` and `seconds`."
+    )
+    now: NowAnswer | None = Field(None, description="Of a running training, where it says so.")
 
 
 class DocumentBody(BaseModel):

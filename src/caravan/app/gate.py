@@ -81,7 +81,7 @@ class Gate:
         except CaravanError as error:
             await _send(as_reply(error), counted)
         except Exception as error:
-            scope[NOTES] |= _frames(error)
+            scope[NOTES] |= frames_of(error)
             if status == 0:
                 await _send(INTERNAL, counted)
         finally:
@@ -131,7 +131,8 @@ class Gate:
         self.metrics.requests.labels(route, method, str(status)).inc()
         self.metrics.request_seconds.labels(route).observe(seconds)
         fields = {"route": route, "method": method, "status": status, "ms": round(seconds * 1000, 2), **scope[NOTES]}
-        level = logging.ERROR if status >= 500 and status != 503 else logging.INFO
+        fault = status == 500 or "frames" in scope[NOTES]
+        level = logging.ERROR if fault else logging.INFO
         log.log(level, "request", extra={"fields": fields})
 
 
@@ -156,7 +157,7 @@ INTERNAL = ErrorReply(
 )
 
 
-def _frames(error: Exception) -> dict[str, Any]:
+def frames_of(error: Exception) -> dict[str, Any]:
     """Where an error of ours came from, without its message: that may hold what a client sent."""
     frames = traceback.extract_tb(error.__traceback__)[-8:]
     return {

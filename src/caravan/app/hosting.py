@@ -8,6 +8,7 @@ import shutil
 import socket
 import sys
 from tempfile import mkdtemp
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -42,13 +43,13 @@ def host(terms: Terms, address: str, port: int, *, workers: int) -> None:
         shown = f"[{address}]" if ":" in address else address
         print(f"Serving {terms.folder} at http://{shown}:{listener.getsockname()[1]}", file=sys.stderr, flush=True)  # noqa: T201
         if app is not None:
-            uvicorn.Server(_config(app)).run(sockets=[listener])
+            Server(_config(app)).run(sockets=[listener])
             return
         counters = mkdtemp(prefix="caravan-metrics-")
         os.environ |= {_TERMS: json.dumps(dataclasses.asdict(terms)), FOLDER_VARIABLE: counters}
         try:
             config = _config(f"{__name__}:worker", factory=True, workers=workers)
-            Multiprocess(config, target=uvicorn.Server(config).run, sockets=[listener]).run()
+            Multiprocess(config, target=Server(config).run, sockets=[listener]).run()
         finally:
             shutil.rmtree(counters, ignore_errors=True)
 
@@ -77,6 +78,16 @@ def worker() -> FastAPI:
         sys.exit(1)
 
 
+class Server(uvicorn.Server):
+    """A server that tells its application when it begins to stop: else streams without an end would hold it up."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop, once every request was answered."""
+        application: Any = self.config.loaded_app
+        application.state.service.closing.set()
+        await super().shutdown(sockets)
+
+
 def _config(app: "FastAPI | str", **options: object) -> uvicorn.Config:
     return uvicorn.Config(
         app,
@@ -84,6 +95,7 @@ def _config(app: "FastAPI | str", **options: object) -> uvicorn.Config:
         access_log=False,  # it would hold what stands in a path
         timeout_graceful_shutdown=_GRACE,
         timeout_worker_healthcheck=_SILENCE,
+        ws="none",  # there is nothing to speak it with
         proxy_headers=False,  # else anybody could say to come from loopback
         server_header=False,
         **options,  # pyright: ignore[reportArgumentType]

@@ -21,7 +21,7 @@ from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 from torch.nn.functional import normalize
 
-from caravan.app import asking
+from caravan.app import asking, following
 from caravan.app.access import Keys
 from caravan.app.asking import Asking
 from caravan.app.bodies import (
@@ -36,6 +36,7 @@ from caravan.app.bodies import (
     SearchAnswer,
     SearchBody,
 )
+from caravan.app.following import Following
 from caravan.app.gate import NOTES, Gate, as_reply
 from caravan.app.limits import RefusedError, conflict, too_large, unavailable, unknown, unusable
 from caravan.app.metrics import CONTENT_TYPE, Metrics, forget_process
@@ -254,7 +255,8 @@ def make_app(shelf: Shelf, keys: Keys, metrics: Metrics) -> FastAPI:
     )
     app.state.service = Service(shelf, keys, metrics)
     app.state.asking = Asking(shelf)
-    for router in (reading, writing, asking.router, open_routes):  # a further room's routes join here
+    app.state.following = Following(shelf.terms.training or shelf.terms.folder)
+    for router in (reading, writing, asking.router, following.router, open_routes):  # a further room's routes join here
         app.include_router(router)
     app.add_exception_handler(CaravanError, _refuse)
     app.add_exception_handler(RequestValidationError, _refuse_body)
@@ -349,7 +351,7 @@ def _info(service: Service, request: Request) -> dict[str, Any]:
         "generator": answers.generator.name,
         "calibrated": answers.calibrated,
         "can_change": service.may("write", request),
-        "training": False,
+        "training": request.app.state.following.there,
         "marks": 0,
         "changes": retriever.record.get("changes", {}),
     }
