@@ -109,13 +109,9 @@ function moves(name, row, ranks) {
 }
 
 function tag(kind, picture, short, words) {
-  const shown = element(
-    "span",
-    { "aria-hidden": "true" },
-    picture ? icon(picture) : "not in ",
-    short,
-  );
-  return element("span", { class: `move ${kind}`, title: words }, shown, element("span", { class: "unseen" }, `, ${words}`));
+  const shown = element("span", { "aria-hidden": "true" }, picture ? icon(picture) : "not in ", short);
+  const said = element("span", { class: "unseen" }, `, ${words}`);
+  return element("span", { class: `move ${kind}`, title: words }, shown, said);
 }
 
 function withoutMips(info) {

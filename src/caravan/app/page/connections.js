@@ -10,9 +10,11 @@ import { drawn } from "./elements.js";
 export function connect(row) {
   function draw() {
     row.querySelector(".lines")?.remove();
-    if (row.hidden || !row.clientWidth || row.scrollWidth > row.clientWidth + 1) return; // columns are swiped, no gaps
+    if (row.hidden || !row.clientWidth) return;
+    if (row.scrollWidth > row.clientWidth + 1) return; // columns that are swiped have no gaps between them
     const place = row.getBoundingClientRect();
-    const lines = drawn("svg", { class: "lines", "aria-hidden": "true", width: row.clientWidth, height: row.clientHeight });
+    const size = { width: row.clientWidth, height: row.clientHeight };
+    const lines = drawn("svg", { class: "lines", "aria-hidden": "true", ...size });
     const columns = [...row.querySelectorAll(".column[data-column]")];
     for (const [index, left] of columns.slice(0, -1).entries()) {
       const right = new Map(items(columns[index + 1]).map((item) => [item.dataset.document, item]));

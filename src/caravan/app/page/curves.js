@@ -37,7 +37,8 @@ function picture(chart, width) {
   const x = (value) =>
     EDGE.left + ((value - first) / (last - first || 1)) * (width - EDGE.left - EDGE.right) + (last === first ? 8 : 0);
   const y = (value) => HEIGHT - EDGE.bottom - ((value - low) / (high - low || 1)) * (HEIGHT - EDGE.top - EDGE.bottom);
-  const svg = drawn("svg", { viewBox: `0 0 ${width} ${HEIGHT}`, width, height: HEIGHT, role: "img", "aria-label": said(chart) });
+  const size = { viewBox: `0 0 ${width} ${HEIGHT}`, width, height: HEIGHT };
+  const svg = drawn("svg", { ...size, role: "img", "aria-label": said(chart) });
   for (const tick of ticks) {
     svg.append(
       drawn("line", { class: "grid", x1: EDGE.left, x2: width - EDGE.right, y1: y(tick), y2: y(tick) }),
@@ -48,7 +49,8 @@ function picture(chart, width) {
     (tick) => Number.isInteger(tick) && tick >= first && tick <= last,
   );
   for (const tick of whole) {
-    svg.append(drawn("text", { class: "tick", x: x(tick), y: HEIGHT - EDGE.bottom + 18, "text-anchor": "middle" }, tick));
+    const place = { x: x(tick), y: HEIGHT - EDGE.bottom + 18, "text-anchor": "middle" };
+    svg.append(drawn("text", { class: "tick", ...place }, tick));
   }
   svg.append(
     drawn("text", { class: "axis", x: width - EDGE.right, y: HEIGHT - 4, "text-anchor": "end" }, chart.across),
@@ -106,9 +108,7 @@ export function nice(low, high, parts) {
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 5, 10].map((factor) => factor * power).find((size) => size >= rough * 0.999);
   const digits = Math.max(0, -Math.floor(Math.log10(step)));
-  const ticks = [];
-  for (let number = Math.floor(low / step + 1e-9); ; number += 1) {
-    ticks.push(Number((number * step).toFixed(digits)));
-    if (number * step >= high - step * 1e-9) return ticks.length > 1 ? ticks : [...ticks, Number(((number + 1) * step).toFixed(digits))];
-  }
+  const first = Math.floor(low / step + 1e-9);
+  const last = Math.max(first + 1, Math.ceil(high / step - 1e-9));
+  return Array.from({ length: last - first + 1 }, (_, index) => Number(((first + index) * step).toFixed(digits)));
 }

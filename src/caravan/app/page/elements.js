@@ -31,7 +31,8 @@ export function drawn(name, attributes = {}, ...children) {
 
 /** A small picture beside words that say the same. */
 export function icon(name) {
-  return drawn("svg", { viewBox: "0 0 16 16", class: "icon", "aria-hidden": "true" }, drawn("path", { d: ICONS[name] }));
+  const path = drawn("path", { d: ICONS[name] });
+  return drawn("svg", { viewBox: "0 0 16 16", class: "icon", "aria-hidden": "true" }, path);
 }
 
 /** The parts of a view by their name. */

@@ -14,9 +14,14 @@ import { trainingPage } from "./training.js";
 import { whenLost } from "./trouble.js";
 
 const LOOK = 2000; // milliseconds between two looks for a service that is gone
-const make = { search: searchPage, compare: comparePage, ask: askPage, training: trainingPage, documents: documentsPage };
 const root = (name) => document.querySelector(`[data-view="${name}"]`);
-const pages = Object.fromEntries(Object.entries(make).map(([name, page]) => [name, page(root(name))]));
+const pages = {
+  search: searchPage(root("search")),
+  compare: comparePage(root("compare")),
+  ask: askPage(root("ask")),
+  training: trainingPage(root("training")),
+  documents: documentsPage(root("documents")),
+};
 let current = null;
 
 function route() {

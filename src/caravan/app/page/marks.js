@@ -64,8 +64,8 @@ async function mark(query, hit, right, group) {
     return;
   }
   const what = `“${hit.title || hit.doc_id}”`;
-  const words = right === null ? `The mark on ${what} is taken back.` : `${what} is marked ${right ? "right" : "wrong"}.`;
-  toast(words, { label: "Undo", act: () => mark(query, hit, before, group) });
+  const done = right === null ? "not marked any more" : `marked ${right ? "right" : "wrong"}`;
+  toast(`${what} is ${done}.`, { label: "Undo", act: () => mark(query, hit, before, group) });
 }
 
 /** Tell the service; also used by the list of marks. */
@@ -82,5 +82,7 @@ export async function keep(query, doc_id, right) {
 }
 
 function press(group, right) {
-  for (const button of group.children) button.setAttribute("aria-pressed", String(button.dataset.right === String(right)));
+  for (const button of group.children) {
+    button.setAttribute("aria-pressed", String(button.dataset.right === String(right)));
+  }
 }

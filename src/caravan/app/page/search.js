@@ -59,7 +59,8 @@ export function searchPage(root) {
     show(parts.results, ...hits.map((hit) => result(query, hit, words, reason)));
     show(parts.reason, reason);
     parts.more.hidden = hits.length < count || count >= Math.min(MOST, info.documents);
-    parts.status.textContent = `${counted(hits.length, "document")} of ${info.documents.toLocaleString("en")}, in ${milliseconds} ms`;
+    const all = info.documents.toLocaleString("en");
+    parts.status.textContent = `${counted(hits.length, "document")} of ${all}, in ${milliseconds} ms`;
   }
 
   async function start(signal) {

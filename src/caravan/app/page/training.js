@@ -48,9 +48,11 @@ export function trainingPage(root) {
   }
 
   function tell(training) {
-    const { state, points } = training;
+    const { state, points, now } = training;
     parts.status.textContent = inWords(training);
     parts.status.dataset.state = state;
+    // Not in the line above, which is read aloud: this changes every few seconds.
+    show(parts.now, now && `${now.task}: ${percent(now.done / (now.total || 1))}`);
     if (state === "none") {
       show(parts.training, ...howTo());
       return;
@@ -92,20 +94,22 @@ export function trainingPage(root) {
 function inWords({ state, folder, points }) {
   const words = folder && state !== "none" ? `${STATES[state]}: ${folder}` : STATES[state];
   const point = points.at(-1);
-  return state === "running" && point ? `${words}, ${point.stage} ${point.step} of ${point.of}` : words;
+  return state === "running" && point ? `${words}. ${point.stage} ${point.step} of ${point.of}` : words;
 }
 
 function howTo() {
   return [
-    element("p", {}, "A training started with this service's folder, or a federation, is drawn here while it runs:"),
-    element("p", {}, element("code", {}, "caravan train helpdesk --out my-retriever")),
+    element("p", {}, "A training or a federation is drawn here while it runs. Name its folder to the service:"),
+    element("p", {}, element("code", {}, "caravan serve my-retriever --training next-retriever")),
+    element("p", {}, element("code", {}, "caravan train my-data --out next-retriever")),
   ];
 }
 
 function what({ settings, privacy, points }) {
   const up = total(points, "bytes_up");
   const down = total(points, "bytes_down");
-  const sent = up === null && down === null ? "nothing: it trains on one machine" : `${size(up ?? 0)} up, ${size(down ?? 0)} down`;
+  const alone = up === null && down === null;
+  const sent = alone ? "nothing: it trains on one machine" : `${size(up ?? 0)} up, ${size(down ?? 0)} down`;
   const epsilon = points.findLast((point) => point.epsilon !== null)?.epsilon;
   return [
     element(
@@ -136,8 +140,14 @@ function chartsOf(points) {
   const of = (name, field) => ({ name, values: points.map((point) => point[field]) });
   const each = [
     { title: "Loss", unit: "nats", series: [of("Loss", "loss")], show: short, zero: true },
-    { title: "Recall@1", unit: "validation queries", series: [of("Recall@1", "recall_at_1")], show: percent, zero: false },
-    { title: "Sent", unit: `bytes a ${word}`, series: [of("Up", "bytes_up"), of("Down", "bytes_down")], show: size, zero: true },
+    { title: "Recall@1", unit: "validation queries", series: [of("Recall@1", "recall_at_1")], show: percent },
+    {
+      title: "Sent",
+      unit: `bytes a ${word}`,
+      series: [of("Up", "bytes_up"), of("Down", "bytes_down")],
+      show: size,
+      zero: true,
+    },
     { title: "Privacy spent", unit: "ε", series: [of("ε", "epsilon")], show: short, zero: true },
   ];
   const known = each.map((chart) => ({
@@ -167,21 +177,28 @@ function rowsOf(points) {
   ];
 }
 
-/** Measures of a finished training: {method: {measure: {value, low, high}}}, or plain values. */
-function measured(measures) {
-  const methods = Object.entries(measures ?? {});
+/** Measures of a finished training: {split, results: {method: {metrics: {measure: {value, low, high}}, seconds}}}. */
+function measured({ split, results } = {}) {
+  const methods = Object.entries(results ?? {}).map(([name, result]) => [name, result.metrics ?? {}]);
   if (methods.length === 0) return [];
-  const nested = methods.filter(([, value]) => value !== null && typeof value === "object");
-  const heading = element("h2", {}, "On held-out queries");
-  if (nested.length === 0) return [heading, facts(methods.map(([name, value]) => [name, said(value)]))];
-  const names = [...new Set(nested.flatMap(([, values]) => Object.keys(values)))];
+  const names = [...new Set(methods.flatMap(([, metrics]) => Object.keys(metrics)))];
   const head = ["Method", ...names].map((name) => element("th", { scope: "col" }, name));
-  const rows = nested.map(([method, values]) =>
-    element("tr", {}, element("th", { scope: "row" }, method), ...names.map((name) => element("td", {}, ...value(values[name])))),
+  const row = ([method, metrics]) =>
+    element(
+      "tr",
+      {},
+      element("th", { scope: "row" }, method),
+      ...names.map((name) => element("td", {}, ...value(metrics[name]))),
+    );
+  const table = element(
+    "table",
+    { class: "numbers" },
+    element("caption", { class: "unseen" }, "Measures by method"),
+    element("thead", {}, element("tr", {}, ...head)),
+    element("tbody", {}, ...methods.map(row)),
   );
-  const table = element("table", { class: "numbers" }, element("thead", {}, element("tr", {}, ...head)), element("tbody", {}, ...rows));
   const scroll = element("div", { class: "scroll", role: "region", "aria-label": "Measures", tabindex: "0" }, table);
-  return [heading, scroll];
+  return [element("h2", {}, `On ${split} queries`), scroll];
 }
 
 function value(measure) {

@@ -39,12 +39,13 @@ export function showTrouble(place, error, again) {
   tries.set(place, count);
   const seconds = Math.min(LONGEST, Math.max(error.retryAfter ?? 1, 2 ** (count - 1)));
   const words = error.status === 429 ? "Many people are asking right now." : "The service is not ready for this yet.";
+  const hint = element("span", { class: "hint" }, `(${error.message})`);
   show(
     place,
     element(
       "div",
       { class: "notice busy", role: "alert" },
-      element("p", {}, `${words} Trying again in ${seconds} s. `, element("span", { class: "hint" }, `(${error.message})`)),
+      element("p", {}, `${words} Trying again in ${seconds} s. `, hint),
       button,
     ),
   );

@@ -5,7 +5,7 @@ const PAUSE = 120; // milliseconds without a key; shorter than the gap between t
 /**
  * Run a search when the text of a box has changed.
  * @param {HTMLInputElement} box
- * @param {(text: string, signal: AbortSignal) => Promise<void>} run - must look at `signal.aborted` before it shows anything
+ * @param {(text: string, signal: AbortSignal) => Promise<void>} run - shows nothing where `signal.aborted`
  * @returns {() => Promise<void>} runs at once.
  */
 export function asTyped(box, run) {
