@@ -55,6 +55,8 @@ class Asking:
         self._shelf, self._limits, self._writing = shelf, terms.limits, terms.writing
         self._frozen = shelf.current.retriever.encoder.backbone.model
         self.generator = self._writing.make(shelf.current.retriever.encoder.backbone)
+        # Its first use sets a tokenizer to its limit, which two threads must not do at once; later ones only read.
+        shelf.current.retriever.encoder.tokenize(["a"])
         self._made: tuple[Served, Answering] | None = None
         self._making = threading.Lock()
         self._stops: set[threading.Event] = set()

@@ -78,11 +78,11 @@ class Following:
                 case {"kind": "begin", "settings": settings, "privacy": privacy}:
                     found |= {"settings": settings, "privacy": privacy}
                     ended = False
-                case {"kind": "point", **point}:
-                    points[point["stage"], point["step"]] = point
+                case {"kind": "point", "stage": str(stage), "step": int(step), "seconds": float()} as point:
+                    points[stage, step] = _without_kind(point)
                     found["now"] = None
-                case {"kind": "now", **now}:
-                    found["now"] = now
+                case {"kind": "now", "task": str(), "done": int(), "total": int()} as now:
+                    found["now"] = _without_kind(now)
                 case {"kind": "end"}:
                     ended = True
         state = "finished" if ended else "running" if held else "stopped"
@@ -129,6 +129,10 @@ def _parsed(line: str) -> Mapping[str, Any]:
         if isinstance(value, dict):
             return value
     return {}
+
+
+def _without_kind(line: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in line.items() if name != "kind"}
 
 
 def _stamp(path: Path) -> object:
