@@ -59,7 +59,7 @@ class Person:
     page: "Page"
     address: str
     faults: list[str] = field(default_factory=list)
-    expected: tuple[str, ...] = ()
+    expected: tuple[str, ...] = ("/marks",)
 
     def goes_to(self, name: str, query: str = "") -> "Page":
         """Opens one of the pages by its address."""
@@ -97,7 +97,11 @@ def visiting(
             person.faults.append(f"request to {request.url}")
 
     context.on("request", note)
-    context.on("console", lambda message: message.type == "error" and person.faults.append(message.text))
+    def note_message(message: Any) -> None:
+        if message.type == "error":
+            person.faults.append(f"{message.text} ({message.location['url']})")
+
+    context.on("console", note_message)
     context.on("weberror", lambda error: person.faults.append(str(error.error)))
     context.on("dialog", lambda dialog: person.faults.append(f"dialog {dialog.message}"))
     try:
@@ -112,7 +116,7 @@ def hosted(app: "FastAPI") -> Iterator[str]:
     """An application on a socket of this process; its address."""
     import uvicorn
 
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, timeout_graceful_shutdown=1))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, ws="none", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -108,12 +108,13 @@ function whole(answer, documents, words, info) {
   const other = answer.found.filter((citation) => !cited.has(citation.number));
   const list = (citations) =>
     element("ol", { class: "sources" }, ...citations.map((citation) => source(citation, documents, words)));
+  const scale = info.calibrated ? "the scale is set on validation queries" : "the scale is not calibrated";
   const confidence = element(
     "div",
     { class: "confidence" },
     element("span", {}, "Confidence"),
     probabilityBar(answer.confidence, "that a document answers this"),
-    element("span", { class: "hint" }, info.calibrated ? "set on validation queries" : "not calibrated"),
+    element("span", { class: "hint" }, [!answer.known && "too little to answer", scale].filter(Boolean).join("; ")),
   );
   const body = answer.known
     ? element("p", { class: "written" }, ...linked(answer.text, new Set(answer.found.map(({ number }) => number))))

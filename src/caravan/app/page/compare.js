@@ -102,9 +102,9 @@ function moves(name, row, ranks) {
     const where = NAMES[other];
     if (there === undefined) return tag("new", null, where, `not among the ${ranks[other].size} first of ${where}`);
     const gain = name === "ours" ? there - row.rank : row.rank - there;
-    if (gain === 0) return tag("same", "same", where, `same place by ${where}`);
+    if (gain === 0) return tag("same", "same", `same in ${where}`, `same place in ${where}`);
     const words = name === "ours" ? `${where} has it at ${there}` : `ours has it at ${there}`;
-    return tag(gain > 0 ? "up" : "down", gain > 0 ? "up" : "down", `${Math.abs(gain)} ${where}`, words);
+    return tag(gain > 0 ? "up" : "down", gain > 0 ? "up" : "down", `${Math.abs(gain)} ${name === "ours" ? "vs" : "in"} ${where}`, words);
   });
 }
 

@@ -90,6 +90,8 @@ export function documentsPage(root) {
     dialog.querySelector("h2").textContent = heading;
     for (const name of ["id", "title", "text", "metadata"]) box(name).value = "";
     box("id").readOnly = document !== null;
+    box("id").toggleAttribute("autofocus", document === null);
+    box("title").toggleAttribute("autofocus", document !== null);
     if (!document) return;
     box("id").value = document.doc_id;
     box("title").value = document.title;

@@ -11,6 +11,7 @@ import { toast } from "./toast.js";
 
 const SHOWN_MARKS = 10;
 const AGAIN = 3000; // milliseconds until a stream that ended is opened again
+const NAMES = { recall: "Recall", mrr: "MRR", ndcg: "nDCG" };
 const STATES = {
   none: "There is no training to follow",
   running: "Running",
@@ -109,7 +110,7 @@ function what({ settings, privacy, points }) {
   const up = total(points, "bytes_up");
   const down = total(points, "bytes_down");
   const alone = up === null && down === null;
-  const sent = alone ? "nothing: it trains on one machine" : `${size(up ?? 0)} up, ${size(down ?? 0)} down`;
+  const sent = alone ? "nothing, it is trained on one machine" : `${size(up ?? 0)} up, ${size(down ?? 0)} down`;
   const epsilon = points.findLast((point) => point.epsilon !== null)?.epsilon;
   return [
     element(
@@ -124,9 +125,9 @@ function what({ settings, privacy, points }) {
     ),
     element(
       "div",
-      { class: "card" },
+      { class: "card settings" },
       element("h2", {}, "Settings"),
-      facts(Object.entries(settings).map(([name, value]) => [name.replaceAll("_", " "), said(value)])),
+      facts(Object.entries(settings).map(([name, value]) => [named(name), said(value)])),
     ),
   ];
 }
@@ -182,7 +183,7 @@ function measured({ split, results } = {}) {
   const methods = Object.entries(results ?? {}).map(([name, result]) => [name, result.metrics ?? {}]);
   if (methods.length === 0) return [];
   const names = [...new Set(methods.flatMap(([, metrics]) => Object.keys(metrics)))];
-  const head = ["Method", ...names].map((name) => element("th", { scope: "col" }, name));
+  const head = ["Method", ...names.map(named)].map((name) => element("th", { scope: "col" }, name));
   const row = ([method, metrics]) =>
     element(
       "tr",
@@ -204,7 +205,7 @@ function measured({ split, results } = {}) {
 function value(measure) {
   if (measure === null || measure === undefined) return ["–"];
   if (typeof measure !== "object") return [said(measure)];
-  const bounds = measure.low === undefined ? null : ` ${percent(measure.low)} to ${percent(measure.high)}`;
+  const bounds = measure.low < measure.high ? ` ${percent(measure.low)} to ${percent(measure.high)}` : null;
   return [percent(measure.value), bounds && element("span", { class: "hint" }, bounds)];
 }
 
@@ -245,6 +246,11 @@ function size(bytes) {
 
 function short(number) {
   return number === null ? "–" : String(Number(number.toPrecision(3)));
+}
+
+function named(name) {
+  const [word, ...rest] = name.replaceAll("_", " ").split("@");
+  return [NAMES[word] ?? word.charAt(0).toUpperCase() + word.slice(1), ...rest].join("@");
 }
 
 function said(value) {
