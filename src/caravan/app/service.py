@@ -110,7 +110,9 @@ def _listed(catalogue: Catalogue, found: Sequence[tuple[int, float]]) -> list[di
     ]
 
 
-@reading.get("/documents", response_model=DocumentsAnswer, tags=["documents"])
+@reading.get(
+    "/documents", response_model=DocumentsAnswer, tags=["documents"], responses=refusals(s404="No such document")
+)
 async def documents(
     service: Here,
     doc_id: Annotated[list[str] | None, Query(description="Give these documents only.")] = None,
