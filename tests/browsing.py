@@ -75,6 +75,11 @@ class Person:
         """Types into a box, key by key."""
         self.page.locator(box).press_sequentially(text, delay=delay)
 
+    def sees(self, what: str, count: int) -> None:
+        """Waits until there are so many of something."""
+        self.page.locator(what).nth(count).wait_for(state="detached")
+        self.page.locator(what).nth(count - 1).wait_for()
+
     def check(self) -> None:
         """Nothing went wrong that was not expected."""
         assert [fault for fault in self.faults if not any(word in fault for word in self.expected)] == []
@@ -97,6 +102,7 @@ def visiting(
             person.faults.append(f"request to {request.url}")
 
     context.on("request", note)
+
     def note_message(message: Any) -> None:
         if message.type == "error":
             person.faults.append(f"{message.text} ({message.location['url']})")

@@ -33,8 +33,7 @@ class TestSearch:
         with visiting(chromium, at_helpdesk) as person:
             page = person.goes_to("search")
             person.types("#search-box", BIRD, delay=60)
-            page.locator('.results[data-query], .result[data-document="display-dark"], .result').first.wait_for()
-            page.wait_for_function("document.querySelectorAll('.result').length === 10")
+            person.sees(".result", 10)
             assert re.fullmatch(r"10 documents of 107, in \d+ ms", person.part("search", "status").inner_text())
             assert page.url.endswith("#/search?q=my+bird+went+dark+mid+ride")
             page.reload()
@@ -148,7 +147,7 @@ class TestCompare:
                 tag = item.locator(".move").first
                 assert kind in (tag.get_attribute("class") or "")
                 if gain:
-                    assert f"{abs(gain)} MIPS" in tag.inner_text()
+                    assert f"{abs(gain)} vs MIPS" in tag.inner_text()
             title = result["hits"][0]["title"]
             assert f"Ours puts “{title}” first" in person.part("compare", "status").inner_text()
 
@@ -197,7 +196,7 @@ class TestAsk:
 class TestDocuments:
     def test_a_document_that_is_added_is_found_at_once_edited_and_removed(self, chromium, own: str) -> None:
         with visiting(chromium, own) as person:
-            person.expected = ("409",)
+            person.expected += ("409",)
             page = person.goes_to("documents")
             page.get_by_role("button", name="Add a document").click()
             for name, value in FOLDING.items():
@@ -239,8 +238,7 @@ class TestDocuments:
             page.reload()
             person.part("documents", "range").get_by_text("21 to 40 of 107").wait_for()
             person.types("#documents-filter", "track-or")
-            page.locator(".document").first.wait_for()
-            page.wait_for_function("document.querySelectorAll('.document').length === 1")
+            person.sees(".document", 1)
             assert page.locator(".document").get_attribute("data-document") == "track-order"
             assert page.get_by_role("button", name="Add a document").is_disabled()
             assert "needs a write key" in person.part("documents", "reason").inner_text()

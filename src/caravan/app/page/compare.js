@@ -104,7 +104,8 @@ function moves(name, row, ranks) {
     const gain = name === "ours" ? there - row.rank : row.rank - there;
     if (gain === 0) return tag("same", "same", `same in ${where}`, `same place in ${where}`);
     const words = name === "ours" ? `${where} has it at ${there}` : `ours has it at ${there}`;
-    return tag(gain > 0 ? "up" : "down", gain > 0 ? "up" : "down", `${Math.abs(gain)} ${name === "ours" ? "vs" : "in"} ${where}`, words);
+    const way = gain > 0 ? "up" : "down";
+    return tag(way, way, `${Math.abs(gain)} ${name === "ours" ? "vs" : "in"} ${where}`, words);
   });
 }
 
