@@ -59,7 +59,7 @@ class Person:
     page: "Page"
     address: str
     faults: list[str] = field(default_factory=list)
-    expected: tuple[str, ...] = ("/marks",)
+    expected: tuple[str, ...] = ()
 
     def goes_to(self, name: str, query: str = "") -> "Page":
         """Opens one of the pages by its address."""

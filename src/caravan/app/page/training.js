@@ -229,8 +229,12 @@ function marksOf(marks, total, info, again) {
       element("button", { type: "button", class: "quiet", disabled: !info.can_change, onclick: back }, "Take back"),
     );
   });
-  const words = `${counted(total, "result")} marked so far. The next training can learn from them.`;
-  return [element("h2", {}, "Marked results"), element("p", {}, words), element("ul", { class: "marked" }, ...rows)];
+  const words = [
+    `${counted(total, "result")} marked so far. A training learns from them with `,
+    element("code", {}, `caravan improve ${info.model_id}`),
+    ".",
+  ];
+  return [element("h2", {}, "Marked results"), element("p", {}, ...words), element("ul", { class: "marked" }, ...rows)];
 }
 
 function total(points, field) {
