@@ -37,7 +37,7 @@ export function markButtons(query, hit, reason) {
       {
         type: "button",
         class: `mark ${right ? "good" : "bad"}`,
-        "data-right": right,
+        "data-right": String(right),
         "aria-label": `${word}: ${hit.title || hit.doc_id}`,
         disabled: reason !== null,
         title: reason,
