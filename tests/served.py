@@ -1,8 +1,11 @@
 """A service on a saved retriever of random numbers, asked in this process: no socket, no model of any size."""
 
-from collections.abc import Iterator
+import json
+import socket
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from fastapi import FastAPI
@@ -41,6 +44,41 @@ def serving(folder: Path, **options: Any) -> Iterator[TestClient]:
     """`make` and `client_of` at once."""
     with client_of(make(folder, **options)) as client:
         yield client
+
+
+@contextmanager
+def listening(app: FastAPI) -> Iterator[str]:
+    """The application behind a real socket, in a thread; gives its address and ends it as SIGTERM would."""
+    from caravan.app.hosting import Server, _config
+
+    server = Server(_config(app))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(60)
+            assert not thread.is_alive()
+
+
+def events_of(lines: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    """Server-sent events as (name, data), as they come in."""
+    name = ""
+    for line in lines:
+        if line.startswith("event: "):
+            name = line.removeprefix("event: ")
+        elif line.startswith("data: "):
+            yield name, json.loads(line.removeprefix("data: "))
+
+
+def streamed(client: TestClient, body: dict[str, Any]) -> list[tuple[str, Any]]:
+    """The events of an answer as it is written."""
+    response = client.post("/ask", json={**body, "stream": True})
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"].startswith("text/event-stream")
+    return list(events_of(response.text.splitlines()))
 
 
 def refusal(response, status: int) -> str:

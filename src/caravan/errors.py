@@ -39,3 +39,11 @@ class PrivacyError(CaravanError):
 
 class AnswerError(CaravanError):
     """A question cannot be answered: the generator is missing or fails, or the prompt has no room."""
+
+
+class GeneratorError(AnswerError):
+    """Whoever writes answers refuses, fails, or cannot be reached; the question is not at fault."""
+
+
+class IntegrationError(CaravanError, ImportError):
+    """A package that an integration is for is not installed; an `ImportError` too, as it is told at the import."""

@@ -6,6 +6,7 @@ import secrets
 import shutil
 import stat
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from glob import escape
@@ -79,6 +80,47 @@ def alone(path: str | Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def hold(path: str | Path) -> int:
+    """Open a file to append to, made if it is not there, and hold it until it is closed or the process ends.
+
+    Where another process holds it, or the system has no file locks, it is opened without being held.
+
+    Returns:
+        The file's descriptor.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+    with suppress(ImportError):
+        import fcntl
+
+        for _ in range(20):  # who only looks, as `is_held` does, lets go at once
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.01)
+    return handle
+
+
+def is_held(path: str | Path) -> bool:
+    """Whether somebody holds a file; one that is not there is held by nobody, and without file locks all are free."""
+    try:
+        import fcntl
+
+        handle = os.open(path, os.O_RDONLY)
+    except (ImportError, OSError):
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
 
 
 @contextmanager

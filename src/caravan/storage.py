@@ -29,9 +29,9 @@ from caravan.model.retriever import Retriever
 FORMAT = "caravan retriever"
 FORMAT_VERSION = 1
 
-_CONFIG, _RECORD, _DOCUMENTS, _CARD = "config.json", "training.json", "documents.jsonl", "README.md"
+_CONFIG, RECORD, _DOCUMENTS, _CARD = "config.json", "training.json", "documents.jsonl", "README.md"
 _TENSORS = {"adapter.": "adapter.safetensors", "head.": "head.safetensors"}
-_OURS = {_CONFIG, _RECORD, _DOCUMENTS, _CARD, *_TENSORS.values()}
+FILES = frozenset({_CONFIG, RECORD, _DOCUMENTS, _CARD, *_TENSORS.values()})
 _GIVE = "load the model yourself and give it: load(folder, backbone=load_backbone(BackboneConfig(name=...)))"
 
 _STRICT = ConfigDict(extra="forbid")
@@ -98,7 +98,7 @@ def save(retriever: Retriever, folder: str | Path) -> Path:
                 save_file(own, temporary)
         retriever.catalogue.write(new / _DOCUMENTS)
         _read_catalogue(new, manifest)  # better refused now, with the old folder in place, than when it is needed
-        (new / _RECORD).write_text(record, encoding="utf-8")
+        (new / RECORD).write_text(record, encoding="utf-8")
         (new / _CONFIG).write_text(_as_json(settings), encoding="utf-8")
         (new / _CARD).write_text(model_card(retriever), encoding="utf-8", errors="replace")
     return Path(folder)
@@ -152,7 +152,7 @@ def load(
     folder = Path(folder)
     try:
         manifest = _read_manifest(folder)
-        record = _read_object(folder / _RECORD)
+        record = _read_object(folder / RECORD)
         catalogue = _read_catalogue(folder, manifest)
         state = {name: part for prefix in _TENSORS for name, part in _read_tensors(folder, prefix).items()}
     except OSError as error:
@@ -188,7 +188,7 @@ def read_record(folder: str | Path) -> dict[str, Any]:
         StorageError: the folder is no saved retriever, or its record is missing or damaged.
     """
     _read_manifest(Path(folder))
-    return _read_object(Path(folder) / _RECORD)
+    return _read_object(Path(folder) / RECORD)
 
 
 def _describe(retriever: Retriever) -> _Manifest:
@@ -210,7 +210,7 @@ def _describe(retriever: Retriever) -> _Manifest:
 
 def _keep_others(old: Path, new: Path) -> None:
     for entry in old.iterdir() if old.is_dir() else ():
-        if entry.name in _OURS:
+        if entry.name in FILES:
             continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.copytree(entry, new / entry.name, symlinks=True)

@@ -73,6 +73,39 @@ class TestSearch:
             assert "--mips" in refusal(client.post("/search", json={"query": "refund", "mips": True}), 400)
 
 
+class TestByWords:
+    def test_documents_that_share_words_are_ranked_as_by_the_baseline(self, asked: TestClient) -> None:
+        from caravan.training.baselines import bm25
+
+        texts = [document.content for document in DOCUMENTS]
+        ranking = bm25(["track the refund", "parcel"], texts)
+        results = asked.post("/search", json={"query": ["track the refund", "parcel"], "bm25": True}).json()["results"]
+        for number, result in enumerate(results):
+            bodies.ResultAnswer.model_validate(result)
+            wanted = [
+                (DOCUMENTS[row].doc_id, pytest.approx(score))
+                for row, score in zip(ranking.rows[number].tolist(), ranking.scores[number].tolist(), strict=True)
+                if score > 0
+            ]
+            assert [(row["doc_id"], row["score"]) for row in result["bm25"]] == wanted
+        assert [row["doc_id"] for row in results[1]["bm25"]] == ["parcel"]
+
+    def test_without_a_shared_word_nothing_is_found_and_a_filter_holds(self, asked: TestClient) -> None:
+        (nothing,) = asked.post("/search", json={"query": "zebra", "bm25": True}).json()["results"]
+        assert nothing["bm25"] == []
+        body = {"query": "track a refund", "bm25": True, "filter": {"url": "https://example.org/1"}}
+        (result,) = asked.post("/search", json=body).json()["results"]
+        assert [(row["rank"], row["doc_id"], row["title"]) for row in result["bm25"]] == [(1, "parcel", "Tracking")]
+
+    def test_a_document_that_was_added_is_found_by_its_words_at_once(self, folder: Path) -> None:
+        body = {"query": "ring to the left", "bm25": True}
+        with serving(folder) as client:
+            assert client.post("/search", json=body).json()["results"][0]["bm25"] == []
+            client.post("/documents", json={"documents": [BELL]})
+            (found,) = client.post("/search", json=body).json()["results"][0]["bm25"]
+        assert found["doc_id"] == "bell"
+
+
 @pytest.mark.parametrize(
     ("body", "status", "word"),
     [
@@ -283,24 +316,14 @@ def test_the_description_has_every_route_and_examples_that_are_answered(folder: 
         assert paths == {
             ("post", "/search"), ("get", "/documents"), ("post", "/documents"), ("delete", "/documents"),
             ("post", "/reload"), ("post", "/embed"), ("post", "/rerank"), ("get", "/info"), ("get", "/health"),
-            ("get", "/health/ready"), ("get", "/health/live"), ("get", "/metrics"),
+            ("get", "/health/ready"), ("get", "/health/live"), ("get", "/metrics"), ("post", "/ask"),
+            ("get", "/training"), ("get", "/training/events"),
         }  # fmt: skip
         bodies_of = {"/search": "Search", "/documents": "Documents", "/embed": "Embed", "/rerank": "Rerank"}
+        bodies_of["/ask"] = "Ask"
         for path, name in bodies_of.items():
             (example,) = description["components"]["schemas"][f"{name}Body"]["examples"]
             assert client.post(path, json=example).status_code == 200, path
-
-
-def test_a_page_is_served_where_there_is_one(master: Path, tmp_path: Path, monkeypatch) -> None:
-    with serving(master) as client:
-        assert client.get("/").status_code == 404
-    (tmp_path / "page").mkdir()
-    (tmp_path / "page" / "index.html").write_text("<title>caravan</title>")
-    monkeypatch.setattr("caravan.app.service._PAGE", tmp_path / "page")
-    with serving(master, keys=KEYS) as client:
-        assert client.get("/").text == "<title>caravan</title>"
-        assert client.get("/health").json() == {"status": "ready"}
-        refusal(client.get("/../served.py"), 404)
 
 
 def test_a_folder_that_is_none_is_refused_before_anything_is_served(tmp_path: Path) -> None:

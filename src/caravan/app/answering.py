@@ -1,10 +1,11 @@
 """Answers to questions: documents found, a generator that writes from them, citations, or "I don't know"."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 
 from caravan.app.evidence import Source, Weigher
-from caravan.app.generators import Extractive, Generator, Piece
+from caravan.app.generators import Extractive, Piece
+from caravan.app.generators import Generator as Writer
 from caravan.app.prompt import UNKNOWN, citations_of
 from caravan.model.retriever import Retriever
 from caravan.training.calibration import Calibration
@@ -48,7 +49,7 @@ class Answering:
     """
 
     def __init__(
-        self, retriever: Retriever, generator: Generator | None = None, *, calibration: Calibration | None = None
+        self, retriever: Retriever, generator: Writer | None = None, *, calibration: Calibration | None = None
     ) -> None:
         """Put the parts together.
 
@@ -71,7 +72,7 @@ class Answering:
         assert isinstance(last, Answer)
         return last
 
-    def stream(self, question: str) -> Iterator[Piece | Answer]:
+    def stream(self, question: str) -> Generator[Piece | Answer, None, None]:
         """Give the answer's pieces as they are written and, last, the answer itself, which alone is final.
 
         Raises:

@@ -7,24 +7,19 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from caravan.app.command import Json, print_json
+from caravan.app.writing import ContextTokens, EndpointModel, EndpointUrl, GeneratorName, Writing
 
 if TYPE_CHECKING:
     from caravan.app.answering import Answer
-    from caravan.app.generators import Generator
-    from caravan.model.retriever import Retriever
 
 
 def ask(
     model: Annotated[str, typer.Argument(help="A folder that `caravan train` wrote.")],
     question: Annotated[str, typer.Argument(help="What is asked.")],
-    generator: Annotated[
-        str, typer.Option(help="extractive, self (the model that encodes), a Hugging Face id, or a folder.")
-    ] = "extractive",
-    endpoint: Annotated[
-        str | None, typer.Option(metavar="URL", help="An OpenAI-compatible endpoint, such as http://localhost:8000/v1.")
-    ] = None,
-    endpoint_model: Annotated[str | None, typer.Option(metavar="NAME", help="The model to ask for there.")] = None,
-    context_tokens: Annotated[int, typer.Option(min=64, help="Most tokens of prompt and answer together.")] = 4096,
+    generator: GeneratorName = "extractive",
+    endpoint: EndpointUrl = None,
+    endpoint_model: EndpointModel = None,
+    context_tokens: ContextTokens = 4096,
     threshold: Annotated[
         float | None, typer.Option(min=0.0, max=1.0, help="Least confidence to answer at; as calibrated if left out.")
     ] = None,
@@ -37,10 +32,7 @@ def ask(
     caravan ask my-retriever "tubeless?" --generator Qwen/Qwen3-0.6B
     caravan ask my-retriever "tubeless?" --endpoint http://localhost:8000/v1 --endpoint-model qwen
     """
-    if (endpoint is None) != (endpoint_model is None):
-        raise typer.BadParameter("--endpoint and --endpoint-model go together", param_hint="--endpoint")
-    if endpoint is not None and generator != "extractive":
-        raise typer.BadParameter("contradicts --endpoint; leave one of them out", param_hint="--generator")
+    writing = Writing.of_options(generator, endpoint, endpoint_model, context_tokens)
     from dataclasses import replace
 
     from caravan.app.answering import Answer, Answering
@@ -48,7 +40,7 @@ def ask(
     from caravan.storage import load
 
     retriever = load(model, device=device)
-    writer = _writer(retriever, generator, endpoint, endpoint_model, context_tokens)
+    writer = writing.make(retriever.encoder.backbone)
     calibration = calibrated(model, retriever)
     if threshold is not None:
         calibration = replace(calibration, threshold=threshold)
@@ -67,20 +59,6 @@ def ask(
     _tell(answer, shown=sys.stdout.isatty())
     if not calibration.queries:
         typer.echo("The confidence is not calibrated: there are no validation queries that may be used.")
-
-
-def _writer(
-    retriever: "Retriever", generator: str, endpoint: str | None, endpoint_model: str | None, context_tokens: int
-) -> "Generator":
-    from caravan.app.generators import Extractive, HuggingFace
-
-    if endpoint is not None:
-        from caravan.app.endpoint import Endpoint
-
-        return Endpoint(endpoint, endpoint_model or "", context_tokens=context_tokens)
-    if generator == "extractive":
-        return Extractive()
-    return HuggingFace.named(generator, retriever.encoder.backbone, context_tokens=context_tokens)
 
 
 def _show(text: str, *, afresh: bool) -> None:

@@ -23,6 +23,7 @@ class SearchBody(BaseModel):
         default_factory=dict, description="Metadata that hits must have; of a list of values one."
     )
     mips: bool = Field(False, description="Also rank by plain vector search (needs --mips).")
+    bm25: bool = Field(False, description="Also rank by words, with BM25.")
     texts: bool = Field(True, description="Give the documents' texts and metadata too.")
 
 
@@ -38,12 +39,12 @@ class HitAnswer(BaseModel):
     metadata: Metadata | None = None
 
 
-class MipsAnswer(BaseModel):
-    """One document that plain vector search finds."""
+class RivalAnswer(BaseModel):
+    """One document that another way of searching finds."""
 
     rank: int
     doc_id: str
-    score: float = Field(description="Inner product of the frozen model's vectors.")
+    score: float = Field(description="Inner product of the frozen model's vectors, or BM25.")
     title: str
 
 
@@ -51,13 +52,91 @@ class ResultAnswer(BaseModel):
     """What was found for one query."""
 
     hits: list[HitAnswer]
-    mips: list[MipsAnswer] | None = None
+    mips: list[RivalAnswer] | None = None
+    bm25: list[RivalAnswer] | None = None
 
 
 class SearchAnswer(BaseModel):
     """Results in the order of the queries."""
 
     results: list[ResultAnswer]
+
+
+class AskBody(BaseModel):
+    """A question."""
+
+    model_config = _example({"query": "my bird went dark mid ride"})
+
+    query: Text
+    stream: bool = Field(
+        False, description="Send the answer as it is written; `Accept: text/event-stream` asks for the same."
+    )
+
+
+class CitationAnswer(BaseModel):
+    """A document by the number that an answer names it by."""
+
+    number: int
+    doc_id: str
+    title: str
+    probability: float = Field(description="That it answers; calibrated where `/info` says so.")
+
+
+class AskAnswer(BaseModel):
+    """An answer with the documents it is from, or "I don't know."; streamed, the last event, `answer`."""
+
+    text: str
+    known: bool = Field(description="Whether there is an answer.")
+    confidence: float = Field(description="Probability that a document found answers.")
+    citations: list[CitationAnswer] = Field(description="Documents that the text names.")
+    found: list[CitationAnswer] = Field(
+        description="Documents that the generator was given, or that were too doubtful."
+    )
+    generator: str
+
+
+class PieceEvent(BaseModel):
+    """A part of an answer as it is written: the data of the event `piece`."""
+
+    text: str
+    afresh: bool = Field(description="What was sent before is void: the answer begins again.")
+
+
+class PointAnswer(BaseModel):
+    """An epoch, or a round of a federation; what was not measured or sent is null."""
+
+    stage: str
+    step: int = Field(description="Number of the epoch or round in its stage, from 1.")
+    of: int = Field(description="How many there are at most.")
+    loss: float | None = None
+    recall_at_1: float | None = Field(None, description="Of the validation queries.")
+    seconds: float = Field(description="From the training's start.")
+    bytes_up: int | None = Field(None, description="From clients to the server, in this round.")
+    bytes_down: int | None = Field(None, description="From the server to clients, in this round.")
+    epsilon: float | None = Field(None, description="Spent by then, where the training is private.")
+
+
+class NowAnswer(BaseModel):
+    """How far a training is within an epoch or round."""
+
+    task: str
+    done: int
+    total: int
+    loss: float | None = Field(description="Of the latest batch.")
+
+
+class TrainingAnswer(BaseModel):
+    """A training that runs or ran; the data of the event `training`."""
+
+    state: Literal["none", "running", "finished", "stopped"]
+    folder: str = Field(description="Name of the folder that it writes.")
+    settings: dict[str, Any] = Field(description="Some of its settings.")
+    points: list[PointAnswer]
+    privacy: str = Field(description="What is promised of the training queries, in words.")
+    measures: dict[str, Any] = Field(
+        description="Of a finished training: `split`, and `results` by method, each with `metrics` and `seconds`."
+    )
+    now: NowAnswer | None = Field(None, description="Of a running training, where it says so.")
 
 
 class DocumentBody(BaseModel):
@@ -132,6 +211,39 @@ class RankAnswer(BaseModel):
     text: str | None = None
 
 
+class MarkBody(BaseModel):
+    """A document marked right or wrong for a query."""
+
+    model_config = _example({"query": "my bird went dark mid ride", "doc_id": "battery-empty", "right": True})
+
+    query: Text
+    doc_id: Text
+    right: bool = Field(description="Whether the document answers the query.")
+
+
+class MarksCountAnswer(BaseModel):
+    """How many marks there are."""
+
+    marks: int
+
+
+class MarkAnswer(BaseModel):
+    """One mark."""
+
+    query: str
+    doc_id: str
+    right: bool
+    time: str = Field(description="When it was made, ISO 8601, UTC.")
+    model: str = Field(description="Which weights were served then: the start of their SHA-256.")
+
+
+class MarksAnswer(BaseModel):
+    """The newest marks, newest first."""
+
+    marks: list[MarkAnswer]
+    total: int
+
+
 class InfoAnswer(BaseModel):
     """What is served, in the words of text-embeddings-inference and some of our own."""
 
@@ -149,7 +261,12 @@ class InfoAnswer(BaseModel):
     documents_sha: str = Field(description="SHA-256 of ids, titles and texts in order.")
     width: int
     adapter: str
-    mips: bool
+    mips: bool = Field(description="Whether plain vector search can be asked for.")
+    generator: str = Field(description="Who writes the answers of /ask.")
+    calibrated: bool = Field(description="Whether probabilities of answers were set on validation queries.")
+    can_change: bool = Field(description="Whether this caller may change documents.")
+    training: bool = Field(description="Whether there is a training to follow.")
+    marks: int = Field(description="How many results were marked right or wrong.")
     changes: dict[str, int] = Field(description="Documents added, replaced and removed since training.")
 
 

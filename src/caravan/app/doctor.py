@@ -141,14 +141,9 @@ def _of_round(each: Mapping[str, Any]) -> dict[str, Any]:
         "validation_recall": each["validation_recall"],
         "seconds": each["seconds"],
     }
-    for name in sorted({name for metrics in each["metrics"] for name in metrics} - row.keys()):
-        told = [
-            (metrics[name], n) for metrics, n in zip(each["metrics"], each["examples"], strict=True) if name in metrics
-        ]
-        weight = sum(count for _, count in told)
-        if weight:
-            row[name] = sum(value * count for value, count in told) / weight
-    return row
+    from caravan.app.traces import of_clients
+
+    return of_clients(each) | row
 
 
 def _unseen(record: Mapping[str, Any]) -> list[str]:

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from caravan.app.evidence import Source
 from caravan.app.generators import ANSWER_TOKENS, CONTEXT_TOKENS, Piece
 from caravan.app.prompt import Message, compose
-from caravan.errors import AnswerError
+from caravan.errors import AnswerError, GeneratorError
 
 KEY = "OPENAI_API_KEY"
 _SECONDS = 60.0  # without a single byte
@@ -51,7 +51,8 @@ class Endpoint:
         """Write as the endpoint sends; a connection that drops is tried once more, from the start.
 
         Raises:
-            AnswerError: the prompt has no room, the endpoint refuses, or the connection drops twice.
+            GeneratorError: the endpoint refuses, or the connection drops twice.
+            AnswerError: the prompt has no room.
         """
         documents = [source.document for source in sources]
         messages = compose(question, documents, room=self._room, count=_estimated).messages
@@ -65,8 +66,10 @@ class Endpoint:
             except self._openai.APIConnectionError as error:
                 fault = self._told(error)
             except self._openai.OpenAIError as error:
-                raise AnswerError(f"{self.name} refused: {self._told(error)}; check model, address and {KEY}") from None
-        raise AnswerError(f"{self.name}: no answer in two attempts ({fault}); check that the endpoint runs")
+                raise GeneratorError(
+                    f"{self.name} refused: {self._told(error)}; check model, address and {KEY}"
+                ) from None
+        raise GeneratorError(f"{self.name}: no answer in two attempts ({fault}); check that the endpoint runs")
 
     def _once(self, messages: list[Message]) -> Generator[Piece, None, bool]:
         """Give the pieces of one attempt; return whether it came to an end of its own."""

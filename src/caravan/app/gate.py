@@ -76,14 +76,14 @@ class Gate:
 
         try:
             await self.app(scope, await self._whole_body(scope, receive), counted)
-        except _GoneError:
+        except GoneError:
             status = 499  # as nginx has it: the client did not wait; nobody reads an answer
         except CaravanError as error:
             await _send(as_reply(error), counted)
         except Exception as error:
-            scope[NOTES] |= _frames(error)
+            scope[NOTES] |= frames_of(error)
             if status == 0:
-                await _send(_INTERNAL, counted)
+                await _send(INTERNAL, counted)
         finally:
             self._note(scope, status, time.perf_counter() - started)
 
@@ -99,7 +99,7 @@ class Gate:
                 while more:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        raise _GoneError
+                        raise GoneError
                     parts.append(message.get("body", b""))
                     size, more = size + len(parts[-1]), message.get("more_body", False)
                     if size > self.limits.max_body_bytes:
@@ -131,7 +131,8 @@ class Gate:
         self.metrics.requests.labels(route, method, str(status)).inc()
         self.metrics.request_seconds.labels(route).observe(seconds)
         fields = {"route": route, "method": method, "status": status, "ms": round(seconds * 1000, 2), **scope[NOTES]}
-        level = logging.ERROR if status >= 500 and status != 503 else logging.INFO
+        fault = status == 500 or "frames" in scope[NOTES]
+        level = logging.ERROR if fault else logging.INFO
         log.log(level, "request", extra={"fields": fields})
 
 
@@ -145,18 +146,18 @@ class JsonLines(logging.Formatter):
         return json.dumps({"time": at, "level": record.levelname.lower(), "event": record.getMessage(), **fields})
 
 
-class _GoneError(Exception):
+class GoneError(Exception):
     """The client closed the connection before its request was whole."""
 
 
-_INTERNAL = ErrorReply(
+INTERNAL = ErrorReply(
     500,
     {"content-type": "application/json"},
     b'{"error": "the service has a fault; its log says where", "error_type": "internal"}',
 )
 
 
-def _frames(error: Exception) -> dict[str, Any]:
+def frames_of(error: Exception) -> dict[str, Any]:
     """Where an error of ours came from, without its message: that may hold what a client sent."""
     frames = traceback.extract_tb(error.__traceback__)[-8:]
     return {

@@ -1,6 +1,7 @@
 """Who writes the answer: the best sentences of the documents, or a causal language model of Hugging Face."""
 
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from threading import Event, Thread
 from typing import Any, Protocol
@@ -10,7 +11,7 @@ import torch
 from caravan.app.evidence import Source
 from caravan.app.prompt import Message, compose, plain
 from caravan.config import BackboneConfig
-from caravan.errors import AnswerError, BackboneError
+from caravan.errors import BackboneError, GeneratorError
 from caravan.model.backbone import Backbone, load_backbone
 from caravan.model.language import language_model
 from caravan.model.source import model_folder
@@ -70,7 +71,7 @@ class HuggingFace:
     ) -> None:
         self.name = backbone.config.name
         self.model: Any = language_model(backbone)
-        self._tokenizer: Any = backbone.tokenizer
+        self._tokenizer: Any = deepcopy(backbone.tokenizer)  # how it cuts texts is the encoder's affair
         limit = getattr(backbone.model.config, "max_position_embeddings", None) or context_tokens
         self._answer_tokens = min(answer_tokens, limit // 4)
         self._room = min(context_tokens, int(limit)) - self._answer_tokens
@@ -103,7 +104,8 @@ class HuggingFace:
         """Write, token by token; a reader that stops early stops the model.
 
         Raises:
-            AnswerError: the prompt has no room, or memory ends.
+            GeneratorError: memory ends.
+            AnswerError: the prompt has no room.
         """
         from transformers import StoppingCriteriaList, TextIteratorStreamer
 
@@ -138,7 +140,9 @@ class HuggingFace:
             thread.join()
         if faults:
             reason = " ".join(str(faults[0]).split())[:160] or type(faults[0]).__name__
-            raise AnswerError(f"{self.name} could not write an answer: {reason}; take another generator") from faults[0]
+            raise GeneratorError(
+                f"{self.name} could not write an answer: {reason}; take another generator"
+            ) from faults[0]
 
     def _settings(self) -> Any:
         own = self.model.generation_config

@@ -8,17 +8,20 @@ import shutil
 import socket
 import sys
 from tempfile import mkdtemp
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.supervisors import Multiprocess
 
 from caravan.app.access import read_keys
+from caravan.app.asking import Asking
 from caravan.app.gate import JsonLines
 from caravan.app.limits import Limits, Terms
 from caravan.app.metrics import FOLDER_VARIABLE, Metrics
 from caravan.app.service import make_app
 from caravan.app.shelf import Shelf
+from caravan.app.writing import Writing
 from caravan.errors import CaravanError, ConfigError
 
 _TERMS = "CARAVAN_SERVE_TERMS"  # how a worker process learns what it serves
@@ -30,23 +33,23 @@ def host(terms: Terms, address: str, port: int, *, workers: int) -> None:
     """Serve until told to stop.
 
     Raises:
-        CaravanError: the folder, the keys or the port cannot be used.
+        CaravanError: the folder, the keys, the generator or the port cannot be used.
     """
     app = application(terms) if workers == 1 else None
     if app is None:
-        Shelf(dataclasses.replace(terms, mips=False), Metrics())  # a damaged folder is told once, here
+        Asking(Shelf(dataclasses.replace(terms, mips=False), Metrics()))  # a damaged folder is told once, here
         read_keys(terms.keys, local_changes=terms.local_changes)
     with _listening(address, port) as listener:
         shown = f"[{address}]" if ":" in address else address
         print(f"Serving {terms.folder} at http://{shown}:{listener.getsockname()[1]}", file=sys.stderr, flush=True)  # noqa: T201
         if app is not None:
-            uvicorn.Server(_config(app)).run(sockets=[listener])
+            Server(_config(app)).run(sockets=[listener])
             return
         counters = mkdtemp(prefix="caravan-metrics-")
         os.environ |= {_TERMS: json.dumps(dataclasses.asdict(terms)), FOLDER_VARIABLE: counters}
         try:
             config = _config(f"{__name__}:worker", factory=True, workers=workers)
-            Multiprocess(config, target=uvicorn.Server(config).run, sockets=[listener]).run()
+            Multiprocess(config, target=Server(config).run, sockets=[listener]).run()
         finally:
             shutil.rmtree(counters, ignore_errors=True)
 
@@ -55,7 +58,7 @@ def application(terms: Terms) -> FastAPI:
     """Load what is to be served, with the log set up.
 
     Raises:
-        CaravanError: the folder or the keys cannot be used.
+        CaravanError: the folder, the keys or the generator cannot be used.
     """
     _set_up_log()
     metrics = Metrics()
@@ -67,11 +70,22 @@ def worker() -> FastAPI:
     """The application of one of several processes, which are told by the environment what to serve."""
     values = json.loads(os.environ[_TERMS])
     values |= {"limits": Limits(**values["limits"]), "origins": tuple(values["origins"])}
+    values["writing"] = Writing(**values["writing"])
     try:
         return application(Terms(**values))
     except CaravanError as error:  # the folder was damaged since the first process looked
         logging.getLogger("caravan.service").error("cannot start", extra={"fields": {"error": str(error)}})
         sys.exit(1)
+
+
+class Server(uvicorn.Server):
+    """A server that tells its application when it begins to stop: else streams without an end would hold it up."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop, once every request was answered."""
+        application: Any = self.config.loaded_app
+        application.state.service.closing.set()
+        await super().shutdown(sockets)
 
 
 def _config(app: "FastAPI | str", **options: object) -> uvicorn.Config:
@@ -81,6 +95,7 @@ def _config(app: "FastAPI | str", **options: object) -> uvicorn.Config:
         access_log=False,  # it would hold what stands in a path
         timeout_graceful_shutdown=_GRACE,
         timeout_worker_healthcheck=_SILENCE,
+        ws="none",  # there is nothing to speak it with
         proxy_headers=False,  # else anybody could say to come from loopback
         server_header=False,
         **options,  # pyright: ignore[reportArgumentType]

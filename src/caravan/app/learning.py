@@ -12,10 +12,11 @@ from torch import Tensor
 from caravan.app.comparison import rank_queries
 from caravan.app.guarantee import plan_central_noise, plan_privacy, steps_are_private
 from caravan.app.rate import settle_rates
-from caravan.app.record import run_fingerprint, training_record
+from caravan.app.record import privacy_statement, run_fingerprint, shown_settings, training_record
 from caravan.app.separation import check_separation
 from caravan.app.standing import Standing
 from caravan.app.start import starting_rows
+from caravan.app.traces import STAGES, Traces, point_of_epoch, point_of_round
 from caravan.config import Config
 from caravan.data.dataset import Dataset
 from caravan.data.partition import Shard, partition
@@ -28,7 +29,6 @@ from caravan.model.backbone import Backbone, load_backbone
 from caravan.model.encoder import Encoder
 from caravan.model.retriever import Retriever
 from caravan.training.budget import Budget
-from caravan.training.checkpoint import Checkpoint
 from caravan.training.evaluation import measure
 from caravan.training.features import FeatureStore, default_cache
 from caravan.training.inputs import encode_with_progress
@@ -38,8 +38,6 @@ from caravan.training.trainer import Stage, fit
 
 OnStage = Callable[[Stage, Retriever, float], object]
 OnRound = Callable[[RoundReport, dict[str, Tensor]], None]
-
-_STAGES: tuple[Stage, ...] = ("head", "adapter")
 
 
 class Experiment:
@@ -78,9 +76,10 @@ class Experiment:
             checkpoint: a folder for snapshots; None keeps none.
             resume: take up the snapshots found there; otherwise they are removed.
         """
-        self.dataset, self.config, self.report = dataset, config or Config(), report
+        self.dataset, self.config = dataset, config or Config()
         self.store = store or FeatureStore(default_cache())
-        self.checkpoint = Path(checkpoint) if checkpoint is not None else None
+        self.traces = Traces(checkpoint, lambda: run_fingerprint(dataset, self.config, self.backbone.hash))
+        self.report = self.traces.watching(report)
         # What can be refused is refused before the first long work, and before an earlier run's snapshots go.
         self.shards = self._deal()
         self.passages = document_passages(dataset.catalogue, self.config.training.passages)
@@ -89,15 +88,15 @@ class Experiment:
         self.backbone = backbone or load_backbone(self.config.backbone, seed=self.config.seed)
         self.settled = self.config
         if resume:
-            self._check_snapshots()
+            self.traces.check(self.stages)
         self.retriever = self._start()
         if not resume:
-            self._clear_snapshots()
+            self.traces.clear()
 
     @property
     def stages(self) -> tuple[Stage, ...]:
         """What is trained, in order."""
-        return _STAGES if self.config.training.mode == "adapter" else ("head",)
+        return STAGES if self.config.training.mode == "adapter" else ("head",)
 
     @property
     def federated(self) -> bool:
@@ -115,12 +114,16 @@ class Experiment:
             TrainingError: there is nothing to learn from, or the loss diverged.
             StorageError: a snapshot cannot be written or trusted.
         """
+        self._check_budgets()
+        with self.traces.running(self._beginning):
+            return self._run(on_stage)
+
+    def _run(self, on_stage: OnStage | None) -> Retriever:
         history: list[dict[str, Any]] = []
         rounds: list[dict[str, Any]] = []
         kept: dict[str, int] = {}
         rates: dict[str, dict[str, Any]] = {}
         seconds = 0.0
-        self._check_budgets()
         for stage in self.stages:
             started = time.perf_counter()
             rates |= self._settle_rates(stage)
@@ -152,9 +155,7 @@ class Experiment:
 
     def clear_checkpoint(self) -> None:
         """Remove the snapshots, once the result is saved."""
-        self._clear_snapshots()
-        if self.checkpoint is not None and self.checkpoint.is_dir() and not any(self.checkpoint.iterdir()):
-            self.checkpoint.rmdir()
+        self.traces.clear()
 
     def _deal(self) -> list[Shard]:
         """The clients' examples, none for central training."""
@@ -176,9 +177,13 @@ class Experiment:
 
     def _check_budgets(self) -> None:
         """Refuse before the first step what a cap would stop later; what a resumed training has done is spent."""
-        ahead = [stage for stage in self.stages if (kept := self._snapshots(stage)) is None or kept.load() is None]
+        ahead = [stage for stage in self.stages if self._is_ahead(stage)]
         for budget in self.budgets.values():
             budget.check(ahead)
+
+    def _is_ahead(self, stage: Stage) -> bool:
+        snapshots = self.traces.snapshots(stage)
+        return snapshots is None or snapshots.load() is None
 
     def _settle_rates(self, stage: Stage) -> dict[str, dict[str, Any]]:
         """Put numbers in place of "auto", and say how by stage; of a federation on passages alone."""
@@ -190,14 +195,13 @@ class Experiment:
             self.passages,
             store=self.store,
             report=self.report,
-            kept=self._snapshots(stage, ".rate"),
+            kept=self.traces.snapshots(stage, ".rate"),
         )
         return {stage: record} if record else {}
 
     def _start_publicly(self, stage: Stage) -> None:
         """Train a private training's stage on passages first: documents are public, and cost no privacy."""
-        snapshots = self._snapshots(stage)
-        if steps_are_private(self.config) and (snapshots is None or snapshots.load() is None):
+        if steps_are_private(self.config) and self._is_ahead(stage):
             start_on_passages(
                 self.retriever,
                 self.passages,
@@ -207,17 +211,6 @@ class Experiment:
                 store=self.store,
                 report=self.report,
             )
-
-    def _clear_snapshots(self) -> None:
-        for stage in _STAGES:
-            for snapshots in (self._snapshots(stage), self._snapshots(stage, ".rate")):
-                if snapshots is not None:
-                    snapshots.clear()
-
-    def _check_snapshots(self) -> None:
-        for stage in self.stages:
-            if (snapshots := self._snapshots(stage)) is not None:
-                snapshots.load()
 
     def _train(self, stage: Stage) -> list[dict[str, Any]]:
         records = fit(
@@ -230,19 +223,20 @@ class Experiment:
             validation=self.dataset.validation,
             store=self.store,
             report=self.report,
-            checkpoint=self._snapshots(stage),
+            on_epoch=lambda epoch: self.traces.add(point_of_epoch(asdict(epoch), self.config.to_dict())),
+            checkpoint=self.traces.snapshots(stage),
             privacy=self.budgets[""].steps(stage) if self.budgets else None,
         )
         return [asdict(record) for record in records]
 
     def _federate(self, stage: Stage) -> Standing:
         federation = self.config.federation
-        rounds = min(federation.rounds, getattr(self.config.training, stage).epochs)
+        rounds = self._rounds(stage)
         state = self.retriever.trainable_state()
         standing = Standing({name: state[name] for name in trained_names(self.retriever, stage)})
         if not rounds:
             return standing
-        snapshots = self._snapshots(stage)
+        snapshots = self.traces.snapshots(stage)
         snapshot = snapshots.load() if snapshots is not None else None
         if snapshot is not None:
             standing = Standing.from_snapshot(snapshot)
@@ -253,16 +247,35 @@ class Experiment:
             self.retriever.load_trainable_state(averaged, partial=True)
             recall = self._validation_recall()
             standing.tensors, standing.server, standing.round = averaged, strategy.state(), report.round
-            standing.rounds.append({"stage": stage, **asdict(report), "validation_recall": recall})
+            spent = self._spent(stage, report)
+            standing.rounds.append({"stage": stage, **asdict(report), "validation_recall": recall, "epsilon": spent})
             if federation.keep == "best" and recall is not None:
                 standing.offer(recall)
             if snapshots is not None:
                 snapshots.save(standing.snapshot())
+            self.traces.add(point_of_round(standing.rounds[-1], self.config.to_dict()))
             self._tell(standing.rounds[-1], rounds)
 
         self._run_rounds(stage, standing, rounds, strategy, on_round)
         self.retriever.load_trainable_state(standing.kept[1], partial=True)
         return standing
+
+    def _rounds(self, stage: Stage) -> int:
+        return min(self.config.federation.rounds, getattr(self.config.training, stage).epochs)
+
+    def _spent(self, stage: Stage, report: RoundReport) -> float | None:
+        """The epsilon of whoever has spent most by the end of a round, of those who say; None without privacy."""
+        if self.central_noise is not None:
+            before = self.stages[: self.stages.index(stage)]
+            return self.central_noise.spent(sum(map(self._rounds, before)) + report.round)
+        told = [budget.spent for budget in self.budgets.values()]
+        told += [metrics.get("epsilon") for metrics in report.metrics]
+        return max((value for value in told if value is not None), default=None)
+
+    def _beginning(self) -> dict[str, Any]:
+        """What is known of a training before its first step."""
+        settings = shown_settings(self.config.to_dict(), self.dataset.name, len(self.dataset.catalogue))
+        return {"settings": settings, "privacy": privacy_statement(self.config, self.budgets, self.central_noise)}
 
     def _run_rounds(self, stage: Stage, standing: Standing, rounds: int, strategy: Strategy, on_round: OnRound) -> None:
         """Run what is left of a stage's rounds, on clients that are simulated here."""
@@ -320,16 +333,6 @@ class Experiment:
 
     def _vectors(self, encoder: Encoder, texts: Sequence[str], what: str) -> Tensor:
         return encode_with_progress(encoder, texts, self.store, self.report, task=f"encoding {what}")
-
-    def _snapshots(self, stage: Stage, what: str = "") -> Checkpoint | None:
-        if self.checkpoint is None:
-            return None
-        return Checkpoint(self.checkpoint / f"{stage}{what}.safetensors", self._fingerprint)
-
-    @cached_property
-    def _fingerprint(self) -> str:
-        """What must be the same for a snapshot to be taken up."""
-        return run_fingerprint(self.dataset, self.config, self.backbone.hash)
 
     def _tell(self, report: dict[str, Any], rounds: int) -> None:
         """Say what a round did; the simulation's bars have said it."""

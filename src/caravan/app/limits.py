@@ -1,12 +1,13 @@
 """What the service allows, and what it says where it does not: settings of `caravan serve`, refusals with a status."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
 
+from caravan.app.writing import Writing
 from caravan.config import PositiveFloat, PositiveInt
 from caravan.errors import CaravanError, ConfigError
 
@@ -39,6 +40,12 @@ class Limits:
     max_texts: PositiveInt = 256  # queries or texts a request
     max_characters: PositiveInt = 20_000  # a text; the model reads its first 256 tokens anyway
     max_k: PositiveInt = 1000  # hits a query
+    max_asking: PositiveInt = (
+        8  # questions that are answered or wait: one takes seconds, later ones had better wait outside
+    )
+    answer_timeout: PositiveFloat = (
+        120.0  # seconds to the end of an answer: a paragraph of a small model on a processor
+    )
     max_documents: PositiveInt = 100  # documents a change, whose texts are encoded between the queries of others
     retry_after: Annotated[int, Field(ge=1)] = 1  # seconds: a full queue is worked off in about that time
 
@@ -56,6 +63,8 @@ class Terms:
         local_changes: whether loopback may change documents where there is no write key.
         origins: web origins that may ask from a browser.
         log_texts: whether the log may hold queries.
+        writing: who writes the answers of /ask.
+        training: the training to show, by the folder that it writes or that of a federation; `folder` if None.
         watch: seconds between two looks for a changed folder; 0: only when asked.
     """
 
@@ -67,6 +76,8 @@ class Terms:
     local_changes: bool = False
     origins: tuple[str, ...] = ()
     log_texts: bool = False
+    writing: Writing = field(default_factory=Writing)
+    training: str | None = None
     watch: float = 0.0
 
 

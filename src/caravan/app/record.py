@@ -5,6 +5,7 @@ import json
 import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from caravan.app.wording import describe_wording
@@ -88,7 +89,7 @@ def training_record(
         "seed": config.seed,
         "seconds": round(seconds, 3),
         "versions": {"python": platform.python_version(), **_installed(_VERSIONS)},
-        "privacy": _statement(config, budgets, guarantees) if central_noise is None else central_noise.statement(),
+        "privacy": privacy_statement(config, budgets, central_noise),
     }
     if rates:
         record["learning_rates"] = {stage: dict(choice) for stage, choice in rates.items()}
@@ -99,20 +100,48 @@ def training_record(
     return record
 
 
-def _statement(config: Config, budgets: Mapping[str, Budget], guarantees: Mapping[str, dict[str, Any]]) -> str:
-    """The worst of the owners' guarantees in words: each has its own, and a reader may be any of them."""
+def privacy_statement(config: Config, budgets: Mapping[str, Budget], central_noise: CentralNoise | None) -> str:
+    """What a training promises, in words; of owners' guarantees the worst: each has its own, a reader may be any."""
+    if central_noise is not None:
+        return central_noise.statement()
     if config.privacy.mode == "none":
         return _NO_PRIVACY
     if not budgets:
         return _OF_NODES.format(mode=config.privacy.mode)
-    worst = max(budgets, key=lambda owner: _epsilon(guarantees[owner]))
+    worst = max(budgets, key=lambda owner: _epsilon(budgets[owner]))
     others = f" This is client {worst}'s, the weakest of {len(budgets)} clients'." if len(budgets) > 1 else ""
     return budgets[worst].statement() + others
 
 
-def _epsilon(facts: Mapping[str, Any]) -> float:
-    value = facts["epsilon"]
-    return float("inf") if value is None else float(value)
+def shown_settings(config: Mapping[str, Any], data: str, documents: int) -> dict[str, Any]:
+    """Those settings of a training that its readers look for first; folders by their names alone.
+
+    Args:
+        config: all settings as plain values.
+        data: what the data set is called.
+        documents: how many there are.
+    """
+    training, federation, mode = config["training"], config["federation"], config["training"]["mode"]
+    stages = ("head", "adapter") if mode == "adapter" else ("head",)
+    shown = {
+        "data": Path(data).name or data,
+        "documents": documents,
+        "backbone": Path(config["backbone"]["name"]).name,
+        "mode": mode,
+        **{f"{stage} epochs": training[stage]["epochs"] for stage in stages},
+        **{f"{stage} batch": training[stage]["batch_size"] for stage in stages},
+        **{f"{stage} learning rate": training[stage]["learning_rate"] for stage in stages},
+        "seed": config["seed"],
+    }
+    if federation["clients"] or federation["partition"] == "column":
+        shown |= {"rounds": federation["rounds"], "strategy": federation["strategy"]}
+    if config["privacy"]["mode"] != "none":
+        shown["privacy"] = config["privacy"]["mode"]
+    return shown
+
+
+def _epsilon(budget: Budget) -> float:
+    return (budget.paper().proved if budget.config.mode == "paper" else budget.plan.guarantee).epsilon
 
 
 def _installed(names: Sequence[str]) -> dict[str, str]:

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from caravan.app.writing import ContextTokens, EndpointModel, EndpointUrl, GeneratorName, Writing
+
 
 def serve(
     model: Annotated[str, typer.Argument(metavar="DIR", help="A folder that `caravan train` wrote.")],
@@ -32,11 +34,23 @@ def serve(
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    generator: GeneratorName = "extractive",
+    endpoint: EndpointUrl = None,
+    endpoint_model: EndpointModel = None,
+    context_tokens: ContextTokens = 4096,
+    training: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR", help="The training to show: its --out, or a federation's folder; DIR itself if left out."
+        ),
+    ] = None,
     max_batch: Annotated[int | None, typer.Option(help="Texts a forward pass at most.")] = None,
     max_waiting: Annotated[int | None, typer.Option(help="Texts that may wait; more are answered with 429.")] = None,
     max_texts: Annotated[int | None, typer.Option(help="Texts a request at most.")] = None,
     max_body_bytes: Annotated[int | None, typer.Option(help="Bytes a request at most.")] = None,
     timeout: Annotated[float | None, typer.Option(help="Seconds to an answer; later it is a 503.")] = None,
+    max_asking: Annotated[int | None, typer.Option(help="Questions that are answered or wait at most.")] = None,
+    answer_timeout: Annotated[float | None, typer.Option(help="Seconds to the end of a written answer.")] = None,
     cors_origin: Annotated[
         list[str] | None,
         typer.Option(metavar="ORIGIN", help="A web page's origin that may ask from a browser. Repeatable."),
@@ -46,10 +60,11 @@ def serve(
         bool, typer.Option("--json", help="Print the OpenAPI description as one JSON object and end.")
     ] = False,
 ) -> None:
-    """Answer searches over HTTP: search, documents, embeddings, metrics (docs/service.md).
+    """Answer searches and questions over HTTP, and show a training (docs/service.md).
 
     caravan serve my-retriever
     caravan serve my-retriever --host 0.0.0.0 --keys keys.txt --workers 2
+    caravan serve my-retriever --generator self --training next
     """
     from caravan.app.limits import Terms, limits_from
     from caravan.errors import ConfigError
@@ -61,6 +76,8 @@ def serve(
             "max_texts": max_texts,
             "max_body_bytes": max_body_bytes,
             "timeout": timeout,
+            "max_asking": max_asking,
+            "answer_timeout": answer_timeout,
         }
     )
     terms = Terms(
@@ -72,6 +89,8 @@ def serve(
         local_changes=local_changes,
         origins=tuple(cors_origin or ()),
         log_texts=log_queries,
+        writing=Writing.of_options(generator, endpoint, endpoint_model, context_tokens),
+        training=training,
         watch=watch if watch is not None else float(workers > 1),
     )
     if workers > 1 and not terms.watch:

@@ -5,29 +5,30 @@ cannot do it raises as a `CaravanError`; `gate.as_reply` makes the status of it.
 """
 
 import asyncio
-import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, MutableMapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from http import HTTPStatus
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
+from fastapi import APIRouter, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
+from fastapi.middleware.gzip import GZipMiddleware
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 from torch.nn.functional import normalize
 
-from caravan.app.access import Keys, Right
+from caravan.app import asking, following, marking
+from caravan.app.access import Keys
+from caravan.app.asking import Asking
 from caravan.app.bodies import (
     ChangeAnswer,
     DocumentsAnswer,
     DocumentsBody,
     EmbedBody,
-    ErrorAnswer,
     HealthAnswer,
     InfoAnswer,
     RankAnswer,
@@ -35,78 +36,34 @@ from caravan.app.bodies import (
     SearchAnswer,
     SearchBody,
 )
+from caravan.app.following import Following
 from caravan.app.gate import NOTES, Gate, as_reply
 from caravan.app.limits import RefusedError, conflict, too_large, unavailable, unknown, unusable
+from caravan.app.marking import Marking
 from caravan.app.metrics import CONTENT_TYPE, Metrics, forget_process
-from caravan.app.serving import Asked, Found
+from caravan.app.routing import ERRORS, WRITE_ERRORS, Here, Service, as_json, needs, refusals
+from caravan.app.serving import Asked, Found, Served
 from caravan.app.shelf import Change, Shelf, checked_documents
+from caravan.data.catalogue import Catalogue
 from caravan.data.records import Document
 from caravan.errors import CaravanError
 from caravan.model.encoder import check_texts
 
 _PAGE = Path(__file__).with_name("page")  # static files of a web page, where there is one
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorAnswer, "description": words}
-    for status, words in (
-        (400, "A text or document cannot be used"),
-        (401, "A key is needed, or is not known"),
-        (413, "More than the limits allow"),
-        (422, "Malformed JSON, or a field of another form"),
-        (429, "Too many texts wait; see Retry-After"),
-        (503, "Not now; see Retry-After"),
-    )
+_PAGE_HEADERS = {
+    # Nothing from elsewhere, no script or style but our files, and no text that becomes HTML.
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-cache",  # asked for again each time, so that files of two versions never meet
 }
 
 
-@dataclass(frozen=True)
-class Service:
-    """What the routes share."""
-
-    shelf: Shelf
-    keys: Keys
-    metrics: Metrics
-
-    async def ask(self, request: Request, asked: Asked) -> Found:
-        """Check texts, have them answered in a batch, and note how it went."""
-        limits, terms = self.shelf.terms.limits, self.shelf.terms
-        if len(asked.texts) > limits.max_texts:
-            raise too_large(
-                f"{len(asked.texts):,} texts, at most {limits.max_texts:,} are taken; send several requests"
-            )
-        longest = max(map(len, asked.texts))
-        if longest > limits.max_characters:
-            raise too_large(f"a text of {longest:,} characters, at most {limits.max_characters:,} are taken; cut it")
-        check_texts(asked.texts)
-        found, timing = await self.shelf.batcher.submit(asked)
-        notes = {"texts": len(asked.texts), "queue_ms": round(timing.queue_seconds * 1000, 2)}
-        notes |= {"inference_ms": round(timing.inference_seconds * 1000, 2), "batch": timing.batch_size}
-        if terms.log_texts:
-            notes["asked"] = list(asked.texts)
-        request.scope[NOTES] |= notes
-        return found
-
-
-async def _service(request: Request) -> Service:
-    return request.app.state.service
-
-
-Here = Annotated[Service, Depends(_service)]
-
-
-def _needs(right: Right) -> Any:
-    async def check(request: Request, service: Here) -> None:
-        service.keys.check(right, request.headers, request.client.host if request.client else None)
-
-    return Depends(check)
-
-
 open_routes = APIRouter(tags=["health"])
-reading = APIRouter(dependencies=[_needs("read")], responses=_ERRORS, tags=["search"])
-writing = APIRouter(
-    dependencies=[_needs("write")],
-    tags=["documents"],
-    responses=_ERRORS | {403: {"model": ErrorAnswer, "description": "This key, or nobody, may change documents"}},
-)
+reading = APIRouter(dependencies=[needs("read")], responses=ERRORS, tags=["search"])
+writing = APIRouter(dependencies=[needs("write")], responses=WRITE_ERRORS, tags=["documents"])
 
 
 @reading.post("/search", response_model=SearchAnswer)
@@ -116,8 +73,9 @@ async def search(body: SearchBody, request: Request, service: Here) -> Response:
     if body.k > limits.max_k:
         raise unusable(f"k = {body.k}: at most {limits.max_k:,} hits a query are given; ask for fewer")
     queries = [body.query] if isinstance(body.query, str) else body.query
-    found = await service.ask(request, Asked(queries, "hits", k=body.k, filter=body.filter, mips=body.mips))
+    found = await _ask(service, request, Asked(queries, "hits", k=body.k, filter=body.filter, mips=body.mips))
     catalogue = found.served.retriever.catalogue
+    worded = await _by_words(found.served, queries, body, limits.timeout) if body.bm25 else ()
     results: list[dict[str, Any]] = []
     for number, hits in enumerate(found.hits):
         rows = [asdict(hit) for hit in hits]
@@ -128,15 +86,34 @@ async def search(body: SearchBody, request: Request, service: Here) -> Response:
                 del row["text"]
         results.append({"hits": rows})
         if body.mips:
-            documents = [(catalogue.document(row), score) for row, score in found.mips[number]]
-            results[-1]["mips"] = [
-                {"rank": rank, "doc_id": document.doc_id, "score": score, "title": document.title}
-                for rank, (document, score) in enumerate(documents, start=1)
-            ]
-    return _json({"results": results})
+            results[-1]["mips"] = _listed(catalogue, found.mips[number])
+        if body.bm25:
+            results[-1]["bm25"] = _listed(catalogue, worded[number])
+    return as_json({"results": results})
 
 
-@reading.get("/documents", response_model=DocumentsAnswer, tags=["documents"])
+async def _by_words(
+    served: Served, queries: Sequence[str], body: SearchBody, timeout: float
+) -> list[list[tuple[int, float]]]:
+    """Rank by words: beside the batches, since that takes no model."""
+    work = asyncio.to_thread(served.by_words, queries, body.k, body.filter)
+    try:
+        return await asyncio.wait_for(work, timeout)
+    except TimeoutError:  # the first time after a change of a large catalogue
+        raise unavailable(f"no ranking by words within {timeout:g} s; ask again later", retry_after=1) from None
+
+
+def _listed(catalogue: Catalogue, found: Sequence[tuple[int, float]]) -> list[dict[str, Any]]:
+    documents = [(catalogue.document(row), score) for row, score in found]
+    return [
+        {"rank": rank, "doc_id": document.doc_id, "score": score, "title": document.title}
+        for rank, (document, score) in enumerate(documents, start=1)
+    ]
+
+
+@reading.get(
+    "/documents", response_model=DocumentsAnswer, tags=["documents"], responses=refusals(s404="No such document")
+)
 async def documents(
     service: Here,
     doc_id: Annotated[list[str] | None, Query(description="Give these documents only.")] = None,
@@ -154,10 +131,10 @@ async def documents(
                 raise unknown(f"no document {name[:60]!r}; check the id")
         chosen = [known[name] for name in doc_id]
     rows = [{**asdict(document), "metadata": dict(document.metadata)} for document in chosen]
-    return _json({"documents": rows, "total": len(catalogue), "offset": offset if doc_id is None else 0})
+    return as_json({"documents": rows, "total": len(catalogue), "offset": offset if doc_id is None else 0})
 
 
-@writing.post("/documents", response_model=ChangeAnswer, responses={409: {"model": ErrorAnswer}})
+@writing.post("/documents", response_model=ChangeAnswer, responses=refusals(s409="It does not go with what is here"))
 async def add_documents(body: DocumentsBody, service: Here) -> Response:
     """Add documents, or give known ones another text; they are saved before this is answered, and found at once."""
     limits = service.shelf.terms.limits
@@ -175,7 +152,7 @@ async def add_documents(body: DocumentsBody, service: Here) -> Response:
 @writing.delete(
     "/documents",
     response_model=ChangeAnswer,
-    responses={404: {"model": ErrorAnswer}, 409: {"model": ErrorAnswer}},
+    responses=refusals(s404="No such document", s409="None would be left"),
 )
 async def remove_documents(
     service: Here, doc_id: Annotated[list[str], Query(min_length=1, description="Of the documents to remove.")]
@@ -184,14 +161,16 @@ async def remove_documents(
     return _change(await service.shelf.remove(doc_id))
 
 
-@writing.post("/reload", response_model=InfoAnswer, tags=["model"], responses={409: {"model": ErrorAnswer}})
-async def reload(service: Here) -> Response:
+@writing.post(
+    "/reload", response_model=InfoAnswer, tags=["model"], responses=refusals(s409="It does not go with what is here")
+)
+async def reload(request: Request, service: Here) -> Response:
     """Read the model folder anew; a damaged one is refused and what was served stays."""
     try:
         await service.shelf.reload()
     except CaravanError as error:
         raise conflict(f"{error} -- what was served before is still served") from None
-    return _json(_info(service))
+    return as_json(_info(service, request))
 
 
 @reading.post("/embed", response_model=list[list[float]], tags=["text-embeddings-inference"])
@@ -200,47 +179,64 @@ async def embed(body: EmbedBody, request: Request, service: Here) -> Response:
     inputs = [body.inputs] if isinstance(body.inputs, str) else body.inputs
     if not body.normalize and service.shelf.current.retriever.encoder.normalize:
         raise unusable("this retriever's vectors always have norm 1; leave normalize out")
-    found = await service.ask(request, Asked(inputs, "vectors", whole=not body.truncate))
+    found = await _ask(service, request, Asked(inputs, "vectors", whole=not body.truncate))
     assert found.vectors is not None
     vectors = normalize(found.vectors, dim=1) if body.normalize else found.vectors
-    return _json(vectors.tolist())
+    return as_json(vectors.tolist())
 
 
 @reading.post("/rerank", response_model=list[RankAnswer], tags=["text-embeddings-inference"])
 async def rerank(body: RerankBody, request: Request, service: Here) -> Response:
     """Rank any texts for a query: by its trained row where a text is a document here, else as a new document."""
     asked = Asked([body.query, *body.texts], "ranks", whole=not body.truncate, raw=body.raw_scores)
-    scores = (await service.ask(request, asked)).scores
+    scores = (await _ask(service, request, asked)).scores
     order = sorted(range(len(scores)), key=lambda index: -scores[index])
     texts = [{"text": body.texts[index]} if body.return_text else {} for index in order]
-    return _json([{"index": index, "score": scores[index], **text} for index, text in zip(order, texts, strict=True)])
+    return as_json([{"index": index, "score": scores[index], **text} for index, text in zip(order, texts, strict=True)])
 
 
 @reading.get("/info", response_model=InfoAnswer, tags=["model"])
-async def info(service: Here) -> Response:
+async def info(request: Request, service: Here) -> Response:
     """Say what is served."""
-    return _json(_info(service))
+    return as_json(_info(service, request))
 
 
-@open_routes.get("/health", response_model=HealthAnswer, responses={503: _ERRORS[503]})
-@open_routes.get("/health/ready", response_model=HealthAnswer, responses={503: _ERRORS[503]})
+@open_routes.get("/health", response_model=HealthAnswer, responses={503: ERRORS[503]})
+@open_routes.get("/health/ready", response_model=HealthAnswer, responses={503: ERRORS[503]})
 async def ready(service: Here) -> Response:
     """Say whether work is taken and gets done; 503 where not."""
     if not service.shelf.batcher.ready:
         raise unavailable("not ready: closing, or stuck in one batch")
-    return _json({"status": "ready"})
+    return as_json({"status": "ready"})
 
 
 @open_routes.get("/health/live", response_model=HealthAnswer)
 async def live() -> Response:
     """Say that the process lives."""
-    return _json({"status": "live"})
+    return as_json({"status": "live"})
 
 
 @reading.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}}, tags=["health"])
 async def metrics(service: Here) -> Response:
     """Give all counters in Prometheus' text format."""
     return Response(service.metrics.exposition(), media_type=CONTENT_TYPE)
+
+
+async def _ask(service: Service, request: Request, asked: Asked) -> Found:
+    """Check texts, have them answered in a batch, and note how it went."""
+    limits, terms = service.shelf.terms.limits, service.shelf.terms
+    if len(asked.texts) > limits.max_texts:
+        raise too_large(f"{len(asked.texts):,} texts, at most {limits.max_texts:,} are taken; send several requests")
+    for text in asked.texts:
+        service.check_length(text)
+    check_texts(asked.texts)
+    found, timing = await service.shelf.batcher.submit(asked)
+    notes = {"texts": len(asked.texts), "queue_ms": round(timing.queue_seconds * 1000, 2)}
+    notes |= {"inference_ms": round(timing.inference_seconds * 1000, 2), "batch": timing.batch_size}
+    if terms.log_texts:
+        notes["asked"] = list(asked.texts)
+    request.scope[NOTES] |= notes
+    return found
 
 
 def make_app(shelf: Shelf, keys: Keys, metrics: Metrics) -> FastAPI:
@@ -261,7 +257,11 @@ def make_app(shelf: Shelf, keys: Keys, metrics: Metrics) -> FastAPI:
         redoc_url=None,
     )
     app.state.service = Service(shelf, keys, metrics)
-    for router in (reading, writing, open_routes):  # a further room's routes, such as those of answers, join here
+    app.state.asking = Asking(shelf)
+    app.state.following = Following(shelf.terms.training or shelf.terms.folder)
+    app.state.marking = Marking(shelf)
+    of_rooms = (asking.router, following.router, marking.reading, marking.writing)  # a further room's routes join here
+    for router in (reading, writing, *of_rooms, open_routes):
         app.include_router(router)
     app.add_exception_handler(CaravanError, _refuse)
     app.add_exception_handler(RequestValidationError, _refuse_body)
@@ -275,14 +275,24 @@ def make_app(shelf: Shelf, keys: Keys, metrics: Metrics) -> FastAPI:
         )
     app.add_middleware(Gate, limits=shelf.terms.limits, metrics=metrics)  # pyright: ignore[reportArgumentType]
     if _PAGE.is_dir():
-        app.mount("/", StaticFiles(directory=_PAGE, html=True), name="page")
+        app.mount("/", GZipMiddleware(_Page(directory=_PAGE, html=True)), name="page")
     return app
+
+
+class _Page(StaticFiles):
+    """The web page's files, each with what a browser must not do with it."""
+
+    async def get_response(self, path: str, scope: MutableMapping[str, Any]) -> Response:
+        response = await super().get_response(path, scope)
+        response.headers.update(_PAGE_HEADERS)
+        return response
 
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     shelf: Shelf = app.state.service.shelf
     shelf.batcher.start()
+    app.state.asking.start()
     watch = asyncio.create_task(shelf.watch()) if shelf.terms.watch else None
     try:
         yield
@@ -291,6 +301,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             watch.cancel()
             with suppress(asyncio.CancelledError):
                 await watch
+        await app.state.asking.close()
         await shelf.batcher.close()
         forget_process()
 
@@ -320,12 +331,12 @@ async def _refuse_route(request: Request, error: Exception) -> Response:
 
 
 def _change(change: Change) -> Response:
-    return _json(asdict(change))
+    return as_json(asdict(change))
 
 
-def _info(service: Service) -> dict[str, Any]:
+def _info(service: Service, request: Request) -> dict[str, Any]:
     terms, retriever = service.shelf.terms, service.shelf.current.retriever
-    backbone = retriever.encoder.backbone
+    backbone, answers = retriever.encoder.backbone, request.app.state.asking
     return {
         "model_id": Path(terms.folder).resolve().name,
         "model_sha": backbone.hash,
@@ -342,10 +353,10 @@ def _info(service: Service) -> dict[str, Any]:
         "width": retriever.encoder.width,
         "adapter": retriever.adapter_config.kind,
         "mips": terms.mips,
+        "generator": answers.generator.name,
+        "calibrated": answers.calibrated,
+        "can_change": service.may("write", request),
+        "training": request.app.state.following.there,
+        "marks": request.app.state.marking.count,
         "changes": retriever.record.get("changes", {}),
     }
-
-
-def _json(value: Any) -> Response:
-    # Checked against the answer's model in tests; checking every float of every answer again would cost milliseconds.
-    return Response(json.dumps(value, ensure_ascii=True, allow_nan=False), media_type="application/json")

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from threading import Lock
 from typing import Literal
 
 import torch
@@ -14,6 +15,7 @@ from caravan.model.adapter import IdentityAdapter
 from caravan.model.encoder import Encoder
 from caravan.model.head import FlatHead
 from caravan.model.retriever import Retriever, best_rows
+from caravan.training.baselines import Bm25
 
 Filter = Mapping[str, str | Sequence[str]]
 
@@ -75,6 +77,7 @@ class Served:
     retriever: Retriever
     stamp: object = None
     bare_rows: Tensor | None = None
+    _indexing: Lock = field(default_factory=Lock, init=False, repr=False, compare=False)
 
     @cached_property
     def bare_encoder(self) -> Encoder:
@@ -95,6 +98,33 @@ class Served:
         for row, document in enumerate(self.retriever.catalogue):
             for pair in document.metadata.items():
                 found.setdefault(pair, []).append(row)
+        return found
+
+    @cached_property
+    def words(self) -> Bm25:
+        """The documents by their words."""
+        return Bm25([document.content for document in self.retriever.catalogue])
+
+    def by_words(self, queries: Sequence[str], k: int, filter: Filter) -> list[list[tuple[int, float]]]:
+        """(row, score) of the documents that share words with each query, best first, by BM25; for any thread.
+
+        Args:
+            queries: Q texts.
+            k: documents a query at most.
+            filter: metadata that a document must have.
+
+        Raises:
+            DataError: no document has metadata of a name that is asked for.
+        """
+        among = self.among(filter)
+        among = among if among is None else among.cpu()
+        with self._indexing:  # else a crowd that comes first would make the index many times
+            index = self.words
+        found: list[list[tuple[int, float]]] = []
+        for scores in index.scores(queries):
+            for own, rows in zip(scores, best_rows(scores, k, among=among), strict=True):
+                pairs = zip(rows.tolist(), own[rows].tolist(), strict=True)
+                found.append([(row, score) for row, score in pairs if score > 0])
         return found
 
     def among(self, filter: Filter) -> Tensor | None:

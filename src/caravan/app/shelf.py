@@ -27,7 +27,7 @@ from caravan.files import alone
 from caravan.model.changing import with_documents, without_documents
 from caravan.model.encoder import Encoder
 from caravan.model.retriever import Retriever
-from caravan.storage import fits, load, save
+from caravan.storage import FILES, fits, load, save
 
 _AT_ONCE = 8  # documents encoded before queries get their turn again
 _LOOKS = 5  # at a folder that changes while it is read
@@ -237,11 +237,12 @@ class Shelf:
 
 
 def stamp(folder: Path) -> object:
-    """Which version of a folder this is: its files but hidden ones, by place on the disk, size and time of change."""
+    """Which version of a folder this is: the files that are the retriever, by place on the disk, size and time."""
     try:
-        files = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-        found = [(path.name, path.stat()) for path in files if path.is_file()]
+        found = [(path.name, path.stat()) for path in map(folder.joinpath, sorted(FILES)) if path.is_file()]
     except OSError:
+        return None
+    if not found:
         return None
     return tuple((name, status.st_ino, status.st_size, status.st_mtime_ns) for name, status in found)
 

@@ -4,6 +4,7 @@ Flower has this too (`DifferentialPrivacyServerSideFixedClipping`), but draws it
 twister, which 624 numbers give away; here it comes from the operating system.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 
@@ -55,6 +56,11 @@ class CentralNoise:
     def guarantee(self) -> Guarantee:
         """What the whole training is worth to each client."""
         return epsilon([Mechanism(1.0, self.sigma, self.rounds)], self.delta)
+
+    def spent(self, rounds: int) -> float | None:
+        """The epsilon of the first rounds, all stages together, a little too high; None where it is infinite."""
+        found = epsilon([Mechanism(1.0, self.sigma, rounds)], self.delta, rough=True).epsilon
+        return found if math.isfinite(found) else None
 
     def mean(self, updates: Iterable[Update], reference: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Make the new global tensors: reference + (sum of clipped steps + noise) / asked.

@@ -105,10 +105,7 @@ def nearest_neighbour(queries: Tensor, train: Tensor, gold: Sequence[Sequence[in
 
 
 def bm25(query_texts: Sequence[str], document_texts: Sequence[str]) -> Ranking:
-    """BM25 as in Lucene (k1 = 1.5, b = 0.75), by the bm25s library (arXiv:2407.03618).
-
-    Words are the library's: lower-cased runs of two or more letters, digits or underscores, without its English stop
-    words, not stemmed. A query without any known word scores 0 everywhere and so ranks in catalogue order.
+    """BM25, see `Bm25`; a query without any known word scores 0 everywhere and so ranks in catalogue order.
 
     Args:
         query_texts: Q queries.
@@ -117,28 +114,49 @@ def bm25(query_texts: Sequence[str], document_texts: Sequence[str]) -> Ranking:
     Raises:
         DataError: there is no query or no document.
     """
-    # Half a second of import, and nothing else here needs it.
-    import bm25s
+    return rank(Bm25(document_texts).scores(query_texts))
 
-    def words(texts: Sequence[str]) -> list[list[str]]:
-        tokens = bm25s.tokenize(list(texts), stopwords="en", return_ids=False, show_progress=False)
-        return cast("list[list[str]]", tokens)
 
-    queries, documents = words(query_texts), words(document_texts)
-    if not any(documents):
-        # The library cannot index a vocabulary of no words.
-        return rank(torch.zeros(1, len(documents)) for _ in queries)
-    index = bm25s.BM25()
-    index.index(documents, show_progress=False)
+class Bm25:
+    """Documents by their words, scored with BM25 as in Lucene (k1 = 1.5, b = 0.75; bm25s, arXiv:2407.03618).
 
-    def scores() -> Iterator[Tensor]:
-        at_once = max(1, _SCORED_AT_ONCE // len(documents))
+    Words are the library's: lower-cased runs of two or more letters, digits or underscores, without its English stop
+    words, not stemmed.
+    """
+
+    def __init__(self, document_texts: Sequence[str]) -> None:
+        """Index documents.
+
+        Args:
+            document_texts: C documents, one a catalogue row.
+        """
+        # Half a second of import, and nothing else here needs it.
+        import bm25s
+
+        self._count, self._index = len(document_texts), bm25s.BM25()
+        documents = _words(document_texts)
+        self._empty = not any(documents)  # the library cannot index a vocabulary of no words
+        if not self._empty:
+            self._index.index(documents, show_progress=False)
+
+    def scores(self, query_texts: Sequence[str]) -> Iterator[Tensor]:
+        """Score every document for every query: float32 (b, C) pieces of (Q, C), small enough to hold."""
+        queries = _words(query_texts)
+        if self._empty:
+            yield from (torch.zeros(1, self._count) for _ in queries)
+            return
+        at_once = max(1, _SCORED_AT_ONCE // self._count)
         for start in range(0, len(queries), at_once):
             # Not the library's own top-k: it leaves the order of equal scores to chance.
-            known = [index.get_tokens_ids(query) for query in queries[start : start + at_once]]
-            yield torch.from_numpy(np.stack([index.get_scores_from_ids(ids) for ids in known]))
+            known = [self._index.get_tokens_ids(query) for query in queries[start : start + at_once]]
+            yield torch.from_numpy(np.stack([self._index.get_scores_from_ids(ids) for ids in known]))
 
-    return rank(scores())
+
+def _words(texts: Sequence[str]) -> list[list[str]]:
+    import bm25s
+
+    tokens = bm25s.tokenize(list(texts), stopwords="en", return_ids=False, show_progress=False)
+    return cast("list[list[str]]", tokens)
 
 
 def _chunks(queries: Tensor, width: int) -> Iterator[Tensor]:

@@ -137,6 +137,11 @@ class Budget:
         return self._steps[stage]
 
     @property
+    def spent(self) -> float | None:
+        """The epsilon of all private trainings on the data, as it was found when steps were last announced here."""
+        return max((own.epsilon for own in self._steps.values() if own.epsilon is not None), default=None)
+
+    @property
     def _announced_sigma(self) -> float:
         """The noise that the ledger is told of: none where none can be accounted for."""
         return 0.0 if self.config.mode == "paper" else self.plan.sigma

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -44,6 +44,7 @@ def fit(
     validation: Sequence[Example] = (),
     store: FeatureStore | None = None,
     report: Report | None = None,
+    on_epoch: Callable[[EpochRecord], object] | None = None,
     checkpoint: Checkpoint | None = None,
     proximal_mu: float = 0.0,
     privacy: PrivateSteps | None = None,
@@ -67,6 +68,7 @@ def fit(
             become those after the best epoch.
         store: where vectors are kept; nowhere if None.
         report: called after every step, and while vectors are computed.
+        on_epoch: called after every epoch of this call.
         checkpoint: where to save every `config.checkpoint_seconds`; a snapshot found there is taken up.
         proximal_mu: adds mu/2 ||theta - theta_0||^2 to what is minimised, theta_0 being the retriever as it was given
             (FedProx; arXiv:1812.06127, eq. 2); the losses that are reported are without it.
@@ -108,6 +110,7 @@ def fit(
     )
     if checkpoint and snapshot:
         training.restore(checkpoint, snapshot)
+    training.on_epoch = on_epoch
     training.prepare(store or FeatureStore())
     try:
         training.run(checkpoint)
@@ -119,6 +122,7 @@ def fit(
 class _Fit:
     """The state of one call of `fit`."""
 
+    on_epoch: Callable[[EpochRecord], object] | None = None
     inputs: Inputs  # the examples' queries, the passages, then the queries of validation
     steps: Steps
 
@@ -276,6 +280,8 @@ class _Fit:
         found |= {"validation_recall": recall, "validation_loss": validation_loss}
         epsilon = self.privacy.epsilon if self.privacy else None
         self.history.append(EpochRecord(self.stage, self.epoch, epsilon=epsilon, **found))
+        if self.on_epoch is not None:
+            self.on_epoch(self.history[-1])
         self._warn()
         if self.config.patience and recall is not None and (self.best is None or recall > self.best[0]):
             state = {name: parameter.detach().cpu().clone() for name, parameter in self.parameters.items()}
