@@ -211,6 +211,39 @@ class RankAnswer(BaseModel):
     text: str | None = None
 
 
+class MarkBody(BaseModel):
+    """A document marked right or wrong for a query."""
+
+    model_config = _example({"query": "my bird went dark mid ride", "doc_id": "battery-empty", "right": True})
+
+    query: Text
+    doc_id: Text
+    right: bool = Field(description="Whether the document answers the query.")
+
+
+class MarksCountAnswer(BaseModel):
+    """How many marks there are."""
+
+    marks: int
+
+
+class MarkAnswer(BaseModel):
+    """One mark."""
+
+    query: str
+    doc_id: str
+    right: bool
+    time: str = Field(description="When it was made, ISO 8601, UTC.")
+    model: str = Field(description="Which weights were served then: the start of their SHA-256.")
+
+
+class MarksAnswer(BaseModel):
+    """The newest marks, newest first."""
+
+    marks: list[MarkAnswer]
+    total: int
+
+
 class InfoAnswer(BaseModel):
     """What is served, in the words of text-embeddings-inference and some of our own."""
 

@@ -20,7 +20,7 @@ from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 from torch.nn.functional import normalize
 
-from caravan.app import asking, following
+from caravan.app import asking, following, marking
 from caravan.app.access import Keys
 from caravan.app.asking import Asking
 from caravan.app.bodies import (
@@ -38,6 +38,7 @@ from caravan.app.bodies import (
 from caravan.app.following import Following
 from caravan.app.gate import NOTES, Gate, as_reply
 from caravan.app.limits import RefusedError, conflict, too_large, unavailable, unknown, unusable
+from caravan.app.marking import Marking
 from caravan.app.metrics import CONTENT_TYPE, Metrics, forget_process
 from caravan.app.routing import ERRORS, WRITE_ERRORS, Here, Service, as_json, needs, refusals
 from caravan.app.serving import Asked, Found, Served
@@ -248,7 +249,9 @@ def make_app(shelf: Shelf, keys: Keys, metrics: Metrics) -> FastAPI:
     app.state.service = Service(shelf, keys, metrics)
     app.state.asking = Asking(shelf)
     app.state.following = Following(shelf.terms.training or shelf.terms.folder)
-    for router in (reading, writing, asking.router, following.router, open_routes):  # a further room's routes join here
+    app.state.marking = Marking(shelf)
+    of_rooms = (asking.router, following.router, marking.reading, marking.writing)  # a further room's routes join here
+    for router in (reading, writing, *of_rooms, open_routes):
         app.include_router(router)
     app.add_exception_handler(CaravanError, _refuse)
     app.add_exception_handler(RequestValidationError, _refuse_body)
@@ -335,6 +338,6 @@ def _info(service: Service, request: Request) -> dict[str, Any]:
         "calibrated": answers.calibrated,
         "can_change": service.may("write", request),
         "training": request.app.state.following.there,
-        "marks": 0,
+        "marks": request.app.state.marking.count,
         "changes": retriever.record.get("changes", {}),
     }
