@@ -108,6 +108,8 @@ class Marks:
         Raises:
             StorageError: it cannot be written.
         """
+        if not self.folder.is_dir():
+            return None
         with self._writing():
             if self._read().find(query, doc_id) is None:
                 return None

@@ -16,7 +16,7 @@ from typing import Any
 from caravan.app.marks import feedback_folder, make_private, now
 from caravan.data.catalogue import Catalogue
 from caravan.errors import DataError, StorageError
-from caravan.files import alone, make_folder, whole_folder
+from caravan.files import alone, make_folder, whole_file, whole_folder
 from caravan.model.backbone import Backbone
 from caravan.model.changing import with_documents, without_documents
 from caravan.model.retriever import Retriever
@@ -177,12 +177,15 @@ class Versions:
         make_private(self.folder.parent)
         make_folder(self.folder)
         self._sweep()
+        record = read_record(self.model)
+        if _entry(record).get("number") != number:
+            # Before the copy: should what follows fail, the next attempt must find the same version here, not another.
+            entry = {"number": number, "of": None, "time": _saved(self.model), "what": _TRAINED}
+            with whole_file(self.model / RECORD) as temporary:
+                temporary.write_text(json.dumps({**record, "version": entry}, indent=2) + "\n", encoding="utf-8")
         with whole_folder(self.folder / str(number)) as copy:
             for name in FILES:
                 shutil.copy2(self.model / name, copy / name)
-            record = json.loads((copy / RECORD).read_text(encoding="utf-8"))
-            entry = {"of": None, "time": _saved(self.model), "what": _TRAINED, **_entry(record), "number": number}
-            (copy / RECORD).write_text(json.dumps({**record, "version": entry}, indent=2) + "\n", encoding="utf-8")
 
     def _forget(self, current: int, before: int, keep: int) -> None:
         """Remove the oldest versions beyond so many; what cannot be removed now is another time."""
