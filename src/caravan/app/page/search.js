@@ -31,8 +31,8 @@ export function searchPage(root) {
     }
     const started = performance.now();
     try {
-      const [info] = await Promise.all([served(), readMarks()]);
-      const answer = await ask("search", { method: "POST", body: { query, k: count }, signal });
+      const question = { method: "POST", body: { query, k: count }, signal };
+      const [answer, info] = await Promise.all([ask("search", question), served(), readMarks()]);
       if (signal.aborted) return;
       clearTrouble(parts.trouble);
       results(query, answer.results[0].hits, info, Math.max(1, Math.round(performance.now() - started)));
