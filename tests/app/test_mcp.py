@@ -4,11 +4,13 @@ import asyncio
 import json
 import os
 import sys
+import threading
 import time
 from contextlib import closing
 from pathlib import Path
 from socket import create_connection
 
+import httpx2
 import pytest
 from mcp import Client, MCPError, StdioServerParameters
 
@@ -35,7 +37,7 @@ def asking(retriever: Retriever, conversation, *, threshold: float = 0.0):
     """Let a client talk to a server in this process."""
 
     async def talk():
-        server = make_server(Answering(retriever, calibration=Calibration(threshold=threshold)))
+        server = make_server(retriever, lambda: Answering(retriever, calibration=Calibration(threshold=threshold)))
         async with Client(server) as client:
             return await conversation(client)
 
@@ -97,6 +99,25 @@ def test_many_questions_at_once_get_the_answers_that_single_ones_get(retriever):
     assert [[hit["doc_id"] for hit in hits] for hits in found] == [
         [hit.doc_id for hit in retriever.search(question, 5)] for question in questions
     ]
+
+
+def test_searches_are_answered_while_the_answers_are_being_prepared(retriever):
+    searched = threading.Event()
+
+    def prepare():
+        assert searched.wait(60)
+        return Answering(retriever, calibration=Calibration(threshold=0.0))
+
+    async def talk():
+        async with Client(make_server(retriever, prepare)) as client:
+            asked = asyncio.create_task(client.call_tool("ask", {"question": "refund"}))
+            found = await client.call_tool("search", {"query": "refund"})
+            searched.set()
+            return found, await asked
+
+    found, answer = asyncio.run(talk())
+    assert not found.is_error
+    assert answer.structured_content["known"]
 
 
 @pytest.mark.parametrize(
@@ -179,6 +200,13 @@ def test_a_client_talks_over_http(workshop: Workshop):
                     return (await client.call_tool("search", {"query": "a b c", "k": 1})).structured_content["result"]
 
             (hit,) = asyncio.run(talk())
+            message = {"jsonrpc": "2.0", "id": 1, "method": "tools/list"}
+            for headers, status in (
+                ({"Origin": "https://elsewhere.example"}, 403),
+                ({"Host": "elsewhere.example"}, 421),
+            ):
+                refused = httpx2.post(f"http://127.0.0.1:{port}/mcp", json=message, headers=headers)
+                assert refused.status_code == status
         finally:
             process.terminate()
             process.communicate()

@@ -51,7 +51,12 @@ def mcp(
 
     retriever = load(model, device=device)
     writer = writing.make(retriever.encoder.backbone)
-    server = make_server(Answering(retriever, writer, calibration=calibrated(model, retriever)))
+
+    def prepare() -> Answering:
+        calibration = None if as_json else calibrated(model, retriever)
+        return Answering(retriever, writer, calibration=calibration)
+
+    server = make_server(retriever, prepare)
     if as_json:
         tools = asyncio.run(server.list_tools())
         print_json({"tools": [tool.model_dump(mode="json", by_alias=True, exclude_none=True) for tool in tools]})

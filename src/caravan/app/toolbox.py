@@ -1,6 +1,8 @@
 """A Model Context Protocol server: search, ask and the documents for assistants (the only importer of mcp)."""
 
 import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any
 
 from mcp.server import MCPServer
@@ -13,6 +15,7 @@ from caravan import __version__
 from caravan.app.answering import Answer, Answering
 from caravan.data.records import Hit
 from caravan.errors import CaravanError
+from caravan.model.retriever import Retriever
 
 _LISTED = 1000  # documents: a longer list fills an assistant's context and is no way to find anything
 _READS = ToolAnnotations(read_only_hint=True, open_world_hint=False)
@@ -20,15 +23,21 @@ _READS = ToolAnnotations(read_only_hint=True, open_world_hint=False)
 Question = Annotated[str, Field(description="In the words of whoever asks.", min_length=1, max_length=20_000)]
 
 
-def make_server(answering: Answering) -> MCPServer[Any]:
+def make_server(retriever: Retriever, prepare: Callable[[], Answering]) -> MCPServer[Any]:
     """Make a server with the tools `search` and `ask` and the documents as resources; `run` it over stdio or HTTP.
 
     Nothing can be changed through it. Tools run in threads, so that one long answer does not hold up the others.
 
     Args:
-        answering: a retriever's answers; its retriever is what `search` asks.
+        retriever: what `search` asks.
+        prepare: makes the answers of `ask`, at once and beside the searches: an assistant gives up on a server that
+            takes a minute to start.
     """
-    retriever = answering.weigher.retriever
+    # Its first use sets a tokenizer to its limit, which two threads must not do at once; later ones only read.
+    retriever.encoder.tokenize(["a"])
+    thread = ThreadPoolExecutor(1)
+    answering = thread.submit(prepare)
+    thread.shutdown(wait=False)
     catalogue = retriever.catalogue
     name = str(retriever.record.get("dataset", {}).get("name", "caravan"))
     server: MCPServer[Any] = MCPServer(
@@ -52,7 +61,7 @@ def make_server(answering: Answering) -> MCPServer[Any]:
     def ask(question: Question) -> Answer:
         """Answer a question from the documents, with citations such as [1]; "known" is false where none answers it."""
         try:
-            return answering.answer(question)
+            return answering.result().answer(question)
         except CaravanError as error:
             raise ToolError(str(error)) from None
 

@@ -31,7 +31,10 @@ def opened(source: str | Path | Retriever, *, device: str = "cpu") -> Retriever:
         StorageError: the folder is missing or damaged.
         BackboneError: its frozen model cannot be found.
     """
-    return source if isinstance(source, Retriever) else load(source, device=device)
+    retriever = source if isinstance(source, Retriever) else load(source, device=device)
+    # Frameworks ask from several threads. Its first use sets a tokenizer to its limit, which two must not do at once.
+    retriever.encoder.tokenize(["a"])
+    return retriever
 
 
 def document_of(retriever: Retriever, hit: Hit) -> tuple[Document, dict[str, Any]]:
