@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -50,10 +50,12 @@ class Marked:
     Attributes:
         marks: oldest first; one a pair of query and document, the newest.
         damaged: lines that are no marks, as `file, line N`; they are passed over and stay.
+        doubled: pairs that a kill left in both files; the newer line counts.
     """
 
     marks: tuple[Mark, ...] = ()
     damaged: tuple[str, ...] = ()
+    doubled: frozenset[tuple[str, str]] = frozenset()
 
     def find(self, query: str, doc_id: str) -> Mark | None:
         """The mark of a pair, or None."""
@@ -93,11 +95,15 @@ class Marks:
         list(examples_from_rows([row], _COLUMNS, BadRows(), split="marks", known=None))
         own, other = (RIGHT, WRONG) if mark.right else (WRONG, RIGHT)
         with self._writing():
-            before = self._read().find(mark.query, mark.doc_id)
+            marked = self.read()
+            before = marked.find(mark.query, mark.doc_id)
             if before is None or before.right != mark.right:
                 self._append(own, _line(mark))
-            self._remove(other, mark.query, mark.doc_id)  # also what a kill between these two left
-            return len(self._read().marks)
+            if before is not None and (before.right != mark.right or (mark.query, mark.doc_id) in marked.doubled):
+                self._remove(other, mark.query, mark.doc_id)
+            if before is None and not marked.damaged:  # known without reading all of them again
+                self._seen = self._stamp(), replace(marked, marks=(*marked.marks, mark))
+            return len(self.read().marks)
 
     def take_back(self, query: str, doc_id: str) -> int | None:
         """Remove a mark from the disk.
@@ -111,11 +117,11 @@ class Marks:
         if not self.folder.is_dir():
             return None
         with self._writing():
-            if self._read().find(query, doc_id) is None:
+            if self.read().find(query, doc_id) is None:
                 return None
             for name in (RIGHT, WRONG):
                 self._remove(name, query, doc_id)
-            return len(self._read().marks)
+            return len(self.read().marks)
 
     def read(self) -> Marked:
         """Read all marks; cheap where nothing changed since the last time.
@@ -145,16 +151,21 @@ class Marks:
     def _read(self) -> Marked:
         newest: dict[tuple[str, str], Mark] = {}
         damaged: list[str] = []
+        doubled: set[tuple[str, str]] = set()
         for name in (RIGHT, WRONG):
             for number, line in enumerate(self._lines(name), start=1):
                 mark = _parsed(line, right=name == RIGHT)
                 if mark is None:
                     damaged += [f"{self.folder / name}, line {number}"] if line.strip() else []
                     continue
-                before = newest.get((mark.query, mark.doc_id))
+                pair = mark.query, mark.doc_id
+                before = newest.get(pair)
+                if before is not None and before.right != mark.right:
+                    doubled.add(pair)
                 if before is None or mark.time >= before.time:
-                    newest[mark.query, mark.doc_id] = mark
-        return Marked(tuple(sorted(newest.values(), key=lambda mark: mark.time)), tuple(damaged))
+                    newest[pair] = mark
+        marks = tuple(sorted(newest.values(), key=lambda mark: mark.time))
+        return Marked(marks, tuple(damaged), frozenset(doubled))
 
     def _lines(self, name: str) -> list[bytes]:
         path = self.folder / name
@@ -174,7 +185,8 @@ class Marks:
         try:
             end = os.fstat(handle).st_size
             try:
-                end -= self._torn(name)
+                if end and os.pread(handle, 1, end - 1) != b"\n":
+                    end -= self._torn(name)
                 os.ftruncate(handle, end)
                 line = line if not end or os.pread(handle, 1, end - 1) == b"\n" else b"\n" + line
                 written = 0
@@ -190,8 +202,8 @@ class Marks:
 
     def _torn(self, name: str) -> int:
         """Bytes after a file's last whole line: what a kill left of a line that was promised to nobody."""
-        last = (self._lines(name) or [b"\n"])[-1]
-        return 0 if last.endswith(b"\n") or _parsed(last, right=True) is not None else len(last)
+        last = self._lines(name)[-1]
+        return 0 if _parsed(last, right=True) is not None else len(last)
 
     def _remove(self, name: str, query: str, doc_id: str) -> None:
         """Write a file anew without the lines of a pair; damaged lines stay as they are."""
