@@ -52,8 +52,8 @@ class TestSearch:
                     route.continue_()
 
             page.route("**/search", answer)
-            page.locator("#search-box").fill("refund")
-            page.wait_for_timeout(300)
+            with page.expect_request("**/search"):
+                page.locator("#search-box").fill("refund")
             page.locator("#search-box").fill("flat tyre")
             page.locator(".result").first.wait_for()
             shown = page.locator(".result .title").all_inner_texts()
