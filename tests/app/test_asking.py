@@ -306,18 +306,14 @@ class TestQueue:
     def test_threads_that_write_stand_back_and_the_others_do_not(self, master: Path, writing) -> None:
         niceness = []
 
-        class Looking(Scripted):
-            def write(self, question, sources):
-                niceness.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
-                yield Piece("here [1]")
+        def look(question, sources):
+            niceness.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+            yield Piece("here [1]")
 
-        writing()
+        writing().write = look
         with serving(master) as client:
-            client.app.state.asking.generator = Looking()
-            client.app.state.asking._made = None
             client.post("/ask", json=QUESTION)
-        before = os.getpriority(os.PRIO_PROCESS, 0)
-        assert niceness[0] > before
+        assert niceness[0] > os.getpriority(os.PRIO_PROCESS, 0)
 
 
 def until(condition) -> None:

@@ -2,12 +2,14 @@
 
 import os
 from pathlib import Path
-from threading import Thread
+from threading import Barrier, Thread
 
 import pytest
 from starlette.testclient import TestClient
 
+import fake_endpoint
 from caravan.app.asking import Asking
+from caravan.app.generators import Piece
 from caravan.app.writing import Writing
 from caravan.config import BackboneConfig
 from caravan.model.backbone import load_backbone
@@ -97,3 +99,60 @@ def test_a_real_decoder_writes_and_streams(master: Path, monkeypatch) -> None:
         events = streamed(client, QUESTION)
     assert events[-1][0] == "answer"
     assert sum(name == "piece" for name, _ in events) > 1
+
+
+class TestEndpoint:
+    @pytest.fixture(autouse=True)
+    def no_proxy(self, monkeypatch) -> None:
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+    def test_it_streams_through_and_begins_again_where_its_connection_drops(self, master: Path) -> None:
+        with (
+            fake_endpoint.serving((["wrong"], "torn"), (["It is ", "here [1]."], "whole")) as (server, url),
+            serving(master, writing=Writing(endpoint=url, endpoint_model="m")) as client,
+        ):
+            events = streamed(client, QUESTION)
+            assert client.get("/info").json()["generator"] == "m at 127.0.0.1"
+        assert [(name, data["text"]) for name, data in events] == [
+            ("piece", "wrong"),
+            ("piece", ""),
+            ("piece", "It is "),
+            ("piece", "here [1]."),
+            ("answer", "It is here [1]."),
+        ]
+        assert events[1][1]["afresh"] is True
+        assert QUESTION["query"] in server.requests[0][0]["messages"][1]["content"]
+
+    @pytest.mark.parametrize("ending", ["no reply", 401, 500])
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_one_that_refuses_or_is_gone_is_a_502(self, master: Path, ending, stream: bool) -> None:
+        with (
+            fake_endpoint.serving(([], ending), ([], ending)) as (_, url),
+            serving(master, writing=Writing(endpoint=url, endpoint_model="m")) as client,
+        ):
+            response = client.post("/ask", json={**QUESTION, "stream": stream})
+            assert "m at 127.0.0.1" in refusal(response, 502)
+            assert response.json()["error_type"] == "generator"
+            assert client.post("/search", json=QUESTION).status_code == 200
+
+    def test_several_questions_are_asked_at_once(self, master: Path, monkeypatch) -> None:
+        together = Barrier(3)
+
+        class Meeting:
+            name = "meeting"
+
+            def write(self, question, sources):
+                together.wait(20)
+                yield Piece("here [1]")
+
+        monkeypatch.setattr(Writing, "make", lambda self, backbone: Meeting())
+        with serving(master, writing=Writing(endpoint="http://127.0.0.1:9/v1", endpoint_model="m")) as client:
+            answers: list[int] = []
+            ask = lambda: answers.append(client.post("/ask", json=QUESTION).status_code)  # noqa: E731
+            threads = [Thread(target=ask) for _ in range(3)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        assert answers == [200, 200, 200]

@@ -185,6 +185,8 @@ class TestLines:
             assert is_held(lines)
         assert not is_held(lines)
         traces.clear()
+        assert not list(lines.parent.iterdir())
+        traces.clear(folder=True)
         assert not lines.parent.exists()
 
     def test_how_far_the_work_is_is_told_now_and_then_and_clients_are_not_named(self, tmp_path, monkeypatch) -> None:

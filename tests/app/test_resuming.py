@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from caravan.app.cli import main
 from caravan.app.experiment import checkpoint_folder, run_experiment
 from caravan.app.learning import Experiment
+from caravan.app.traces import LINES
 from caravan.config import StrategyName
 from caravan.errors import ConfigError, FederationError, StorageError
 from caravan.training.features import FeatureStore
@@ -132,7 +133,7 @@ def stopped(prepare, config, folder, dataset=DATASET):
     """Leave a snapshot of the head stage."""
     with pytest.raises(StoppedError):
         prepare(config, dataset, checkpoint=folder, report=Log(stop_after=4)).run()
-    assert [path.name for path in folder.iterdir()] == ["head.safetensors"]
+    assert {path.name for path in folder.iterdir()} == {"head.safetensors", LINES}
 
 
 @pytest.mark.parametrize(
@@ -230,7 +231,8 @@ def test_a_failed_training_leaves_its_snapshots_and_the_old_retriever(place, tmp
     before = tensors(out)
     with pytest.raises(StoppedError):
         run_experiment(config, out, report=Log(stop_after=15))
-    assert sorted(path.name for path in checkpoint_folder(out).iterdir()) == ["adapter.safetensors", "head.safetensors"]
+    kept = {path.name for path in checkpoint_folder(out).iterdir()}
+    assert kept == {"adapter.safetensors", "head.safetensors", LINES}
     assert all(
         torch.equal(tensor, before[file][name]) for file in before for name, tensor in tensors(out)[file].items()
     )
@@ -320,8 +322,11 @@ def test_what_is_killed_in_the_middle_of_a_save_is_resumed_to_the_same_bits(kill
     assert not out.exists()
     found = sorted(path.name for path in checkpoint_folder(out).iterdir())
     stages = KILLED[name][2]
-    assert [file for file in found if not file.startswith(".")] == [f"{stage}.safetensors" for stage in stages]
-    assert len(found) == len(stages) + 1  # and the file it was writing
+    assert [file for file in found if not file.startswith(".")] == [
+        *(f"{stage}.safetensors" for stage in stages),
+        LINES,
+    ]
+    assert len(found) == len(stages) + 2  # and the file it was writing
     resume(config, out, monkeypatch)
     assert not checkpoint_folder(out).exists()
     run_experiment(config, tmp_path / "whole")

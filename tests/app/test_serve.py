@@ -48,6 +48,10 @@ def test_what_cannot_be_served_is_refused_in_one_line(workshop: Workshop, tmp_pa
     check_refused(run("serve", workshop.model, "--max-batch", 0), "--max-batch", "got 0")
     check_refused(run("serve", workshop.model, "--max-waiting", 10), "--max-waiting 10 is below --max-texts 256")
     check_refused(run("serve", workshop.model, "--workers", 2, "--watch", 0), "--watch 0 with several workers")
+    check_refused(run("serve", workshop.model, "--generator", "self"), "own model cannot write")
+    check_refused(run("serve", workshop.model, "--generator", "self", "--workers", 2), "own model cannot write")
+    check_refused(run("serve", workshop.model, "--endpoint", "http://h/v1"), "--endpoint-model", code=2)
+    check_refused(run("serve", workshop.model, "--max-asking", 0), "--max-asking", "got 0")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         check_refused(run("serve", workshop.model, "--port", port), str(port), "choose another --port")
@@ -136,6 +140,68 @@ def test_told_to_stop_it_answers_what_came_in_and_ends(folder: Path, sent: int) 
             thread.join(60)
         assert process.wait(60) in (130, -signal.SIGTERM)
         assert set(answers) <= {200, 0, 503}
+        assert not [line for line in lines if "Traceback" in line]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_told_to_stop_it_ends_what_has_no_end(folder: Path, workshop: Workshop, workers: str) -> None:
+    with served(folder, "--workers", workers, "--training", str(workshop.model)) as (process, address, lines):
+        ended: list[float] = []
+
+        def follow() -> None:
+            with httpx2.stream("GET", f"{address}/training/events", timeout=60) as response:
+                for line in response.iter_lines():
+                    if line.startswith("data: "):
+                        met.wait(60)
+            ended.append(time.monotonic())
+
+        met = threading.Barrier(5)
+        threads = [threading.Thread(target=follow) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        met.wait(60)
+        began = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        for thread in threads:
+            thread.join(60)
+        process.wait(60)
+        assert len(ended) == 4
+        assert max(ended) - began < 20  # well before the 30 seconds after which connections are cut
+        assert not [line for line in lines if "Traceback" in line]
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_under_load_costs_the_requests_it_had_and_no_other(folder: Path) -> None:
+    with served(folder, "--workers", "2", "--watch", "0.1") as (process, address, lines):
+        answers: list[int] = []
+        stop = threading.Event()
+
+        def ask() -> None:
+            while not stop.is_set():
+                try:  # each on a connection, and so perhaps a worker, of its own
+                    answers.append(httpx2.post(f"{address}/search", json={"query": "refund"}, timeout=60).status_code)
+                except httpx2.TransportError:
+                    answers.append(0)
+
+        threads = [threading.Thread(target=ask) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for _ in range(2):
+            before = len(answers)
+            _until(lambda before=before: len(answers) > before + 50)
+            (victim, *_others) = workers = _workers(process.pid)
+            assert len(workers) == 2
+            os.kill(victim, signal.SIGKILL)
+            _until(lambda victim=victim: len(_workers(process.pid)) == 2 and victim not in _workers(process.pid))
+        count = len(answers)
+        _until(lambda: len(answers) > count + 50)
+        stop.set()
+        for thread in threads:
+            thread.join(60)
+        assert set(answers) <= {200, 0}
+        assert answers.count(0) <= 4 * 2 + 4  # those in the victims' hands, not those that came later
+        assert 0 not in answers[-40:]
         assert not [line for line in lines if "Traceback" in line]
 
 

@@ -211,10 +211,17 @@ async def ask(body: AskBody, request: Request, service: Here, asking: Annotated[
     parts = asking.parts(body.query)
     if not (body.stream or "text/event-stream" in request.headers.get("accept", "")):
         return as_json(_plain(await while_connected(request, _last(parts)), asking))
-    first = await while_connected(request, anext(parts))  # what is refused at once is refused with its status
+    first = await while_connected(request, _first(parts))  # what is refused at once is refused with its status
     return EventSourceResponse(
         _events(first, parts, asking, request.scope[NOTES]), headers={"cache-control": "no-store"}
     )
+
+
+async def _first(parts: AsyncIterator[Piece | Answer]) -> Piece | Answer:
+    """The first part with a text: that an answer begins again before it began is of no interest."""
+    while isinstance(part := await anext(parts), Piece) and not part.text:
+        pass
+    return part
 
 
 async def _last(parts: AsyncIterator[Piece | Answer]) -> Answer:

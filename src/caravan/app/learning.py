@@ -155,7 +155,7 @@ class Experiment:
 
     def clear_checkpoint(self) -> None:
         """Remove the snapshots, once the result is saved."""
-        self.traces.clear()
+        self.traces.clear(folder=True)
 
     def _deal(self) -> list[Shard]:
         """The clients' examples, none for central training."""

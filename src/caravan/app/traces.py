@@ -69,8 +69,11 @@ class Traces:
             if (snapshots := self.snapshots(stage)) is not None:
                 snapshots.load()
 
-    def clear(self) -> None:
-        """Remove all traces, and the folder if nothing else is in it.
+    def clear(self, *, folder: bool = False) -> None:
+        """Remove all traces.
+
+        Args:
+            folder: remove the folder too, if nothing else is in it.
 
         Raises:
             StorageError: they cannot be removed.
@@ -80,7 +83,7 @@ class Traces:
         for stage in STAGES:
             for what in ("", ".rate"):
                 Checkpoint(self.folder / f"{stage}{what}.safetensors", "").clear()
-        self._remove_lines()
+        self._remove_lines(folder=folder)
 
     @contextmanager
     def running(self, begin: Callable[[], Mapping[str, Any]]) -> Iterator[None]:
@@ -104,7 +107,7 @@ class Traces:
             self._write("end", {})
         except BaseException:
             if not any(self.folder.glob("*.safetensors")):
-                self._remove_lines()
+                self._remove_lines(folder=True)
             raise
         finally:
             if self._handle is not None:
@@ -142,12 +145,12 @@ class Traces:
         with suppress(OSError):  # a full disk stops a training where a snapshot cannot be kept, and not before
             os.write(self._handle, line.encode("ascii") + b"\n")
 
-    def _remove_lines(self) -> None:
+    def _remove_lines(self, *, folder: bool) -> None:
         assert self.folder is not None
         try:
             if self.folder.is_dir():
                 (self.folder / LINES).unlink(missing_ok=True)
-                with suppress(OSError):  # only an empty folder goes
+                if folder and not any(self.folder.iterdir()):
                     self.folder.rmdir()
         except OSError as error:
             raise StorageError(f"{self.folder}: cannot be removed: {error.strerror}; remove it yourself") from None
