@@ -73,6 +73,14 @@ def events_of(lines: Iterable[str]) -> Iterator[tuple[str, Any]]:
             yield name, json.loads(line.removeprefix("data: "))
 
 
+def streamed(client: TestClient, body: dict[str, Any]) -> list[tuple[str, Any]]:
+    """The events of an answer as it is written."""
+    response = client.post("/ask", json={**body, "stream": True})
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"].startswith("text/event-stream")
+    return list(events_of(response.text.splitlines()))
+
+
 def refusal(response, status: int) -> str:
     """The one line of an answer that refuses."""
     assert response.status_code == status, response.text

@@ -149,4 +149,4 @@ def test_the_command_asks_an_endpoint(workshop):
         outcome = run(*ask, url)
         assert outcome.code == 0, outcome.err
         assert outcome.out.startswith("It is so [1].\n\nConfidence ")
-        check_refused(run(*ask, url), "AnswerError: m at 127.0.0.1: no answer in two attempts")
+        check_refused(run(*ask, url), "GeneratorError: m at 127.0.0.1: no answer in two attempts")

@@ -178,6 +178,15 @@ async def _asking(request: Request) -> Asking:
     return request.app.state.asking
 
 
+_EVENT = {  # data: `PieceEvent`, `AskAnswer` or `ErrorAnswer` as JSON
+    "type": "object",
+    "required": ["event", "data"],
+    "properties": {
+        "event": {"enum": ["piece", "answer", "error"]},
+        "data": {"type": "string", "contentMediaType": "application/json"},
+    },
+}
+
 router = APIRouter(
     dependencies=[needs("read")],
     responses=ERRORS | refusals(s502="The generator failed or could not be reached"),
@@ -188,7 +197,7 @@ router = APIRouter(
 @router.post(
     "/ask",
     response_model=AskAnswer,
-    responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+    responses={200: {"content": {"text/event-stream": {"itemSchema": _EVENT}}}},
 )
 async def ask(body: AskBody, request: Request, service: Here, asking: Annotated[Asking, Depends(_asking)]) -> Response:
     """Answer a question from the documents, with citations, or say that nothing is known.

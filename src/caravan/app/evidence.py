@@ -179,7 +179,7 @@ def calibrated(folder: str | Path, retriever: Retriever) -> Calibration:
         folder: where the retriever was loaded from.
         retriever: as loaded.
     """
-    fingerprint = _fingerprint(retriever)
+    fingerprint = fingerprint_of(retriever)
     with suppress(OSError, ValueError, TypeError, KeyError, ValidationError):
         kept = json.loads((Path(folder) / STORED).read_text(encoding="utf-8"))
         if kept["fingerprint"] == fingerprint:
@@ -198,7 +198,8 @@ def calibrated(folder: str | Path, retriever: Retriever) -> Calibration:
     return calibration
 
 
-def _fingerprint(retriever: Retriever) -> str:
+def fingerprint_of(retriever: Retriever) -> str:
+    """SHA-256, in hex, over all that decides what a retriever finds: frozen model, adapter, head and documents."""
     digest = hashlib.sha256(f"{retriever.encoder.key()} {retriever.catalogue.fingerprint}".encode())
     for name, tensor in retriever.head.state_dict().items():
         digest.update(name.encode())

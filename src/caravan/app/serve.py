@@ -64,7 +64,7 @@ def serve(
 
     caravan serve my-retriever
     caravan serve my-retriever --host 0.0.0.0 --keys keys.txt --workers 2
-    caravan serve my-retriever --generator Qwen/Qwen3-0.6B --training next-retriever
+    caravan serve my-retriever --generator self --training next
     """
     from caravan.app.limits import Terms, limits_from
     from caravan.errors import ConfigError
