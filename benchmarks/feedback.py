@@ -99,7 +99,7 @@ def measured(place: Path, mode: str, seed: int, settings: Sequence[tuple[int | N
             "seconds": round(seconds, 1),
             "test": {"old": recalls(old, full.test), "new": recalls(new, full.test)},
         }
-        if most is None and not mistakes:
+        if mode == "head" and most is None and not mistakes:  # with adapters three trainings more, of minutes each
             row["validation_by_start"] = by_start(model, old, full, config)
         rows.append(row)
         print(json.dumps({name: row[name] for name in ("seed", "queries_marked", "mistakes", "objection", "test")}))

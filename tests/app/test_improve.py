@@ -63,6 +63,8 @@ def test_marks_become_a_new_version_and_one_command_goes_back(model: Path) -> No
     assert new.record["config"] == json.loads((Versions(model).folder / "1" / RECORD).read_text())["config"]
     assert not new.trainable_state()["head.rows"].equal(before["head.rows"])
     assert not checkpoint_folder(model).exists()
+    assert new.record["metrics"]["head"]["metrics"] == done["measures"]["new"]
+    assert json.loads(run("info", model, "--json").out)["version"] == 2
     shown = run("versions", model)
     assert f"* {2:>3}" in shown.out
     assert f"{trained} marked queries learned, {held} held back from 1" in shown.out
@@ -135,14 +137,18 @@ def test_a_damaged_line_is_named_and_passed_over(model: Path) -> None:
     assert f"{path}, line 1" in outcome.out
 
 
-def test_without_marks_or_changes_there_is_nothing_to_learn(model: Path) -> None:
-    before = listing(model.parent)
-    check_refused(run("improve", model), "nothing new to learn", "mark results right or wrong first")
-    (Marks(model).folder).mkdir()
+def test_without_new_marks_or_changes_there_is_nothing_to_learn(model: Path) -> None:
+    before = listing(model)
+    check_refused(run("improve", model), "nothing new to learn", "mark results first")
+    Marks(model).folder.mkdir()
     (Marks(model).folder / RIGHT).write_bytes(b"")
     check_refused(run("improve", model), "nothing new to learn")
-    shutil.rmtree(Marks(model).folder)
-    assert listing(model.parent) == before
+    assert listing(model) == before
+    _mark(model)
+    _improve(model, "--force")
+    check_refused(run("improve", model), "no new mark")
+    Marks(model).add(Mark("a b a b", "d0", right=True, time=now()))
+    assert "marks held back" in run("improve", model, "--dry-run").out
 
 
 def test_data_that_is_not_where_it_was_is_named_with_a_remedy(model: Path, workshop: Workshop) -> None:
@@ -174,6 +180,19 @@ def test_marks_do_not_undo_what_a_training_promised(model: Path, part: str, valu
     before = listing(model)
     check_refused(run("improve", model), says)
     assert listing(model) == before
+
+
+def test_marks_are_data_for_train_and_for_personalise(model: Path, workshop: Workshop, tmp_path: Path) -> None:
+    _mark(model)
+    right = Marks(model).folder / RIGHT
+    options = ("-c", workshop.quick, "-o", tmp_path / "new", "--documents", model / "documents.jsonl")
+    outcome = run("train", right, *options)
+    assert outcome.code == 0, outcome.err
+    assert load(tmp_path / "new").record["dataset"]["train"] + load(tmp_path / "new").record["dataset"][
+        "validation"
+    ] == len(Marks(model).read().marks)
+    outcome = run("personalise", model, "--data", right, "-o", tmp_path / "own")
+    assert outcome.code == 0, outcome.err
 
 
 def test_refusals_are_one_line(model: Path, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from caravan.app.lessons import HELD_BACK, Question, classroom, is_held_back, lessons
@@ -39,6 +39,7 @@ def test_marks_of_documents_that_are_no_more_are_counted_and_left_out() -> None:
     assert (found.examples, found.questions, found.contradicted, found.gone) == ((), (), frozenset(), 2)
 
 
+@settings(max_examples=30)
 @given(st.lists(st.text(min_size=1, max_size=8), unique=True, max_size=30), st.booleans())
 def test_what_is_held_back_depends_on_the_query_alone(queries: list[str], right: bool) -> None:
     marks = [Mark(query, "d0", right=right) for query in queries]

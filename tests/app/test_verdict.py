@@ -57,4 +57,4 @@ def test_what_each_answers_first_is_counted_as_by_searching(bert) -> None:
     pairs = list(zip(right["old"], right["new"], strict=True))
     assert (on_queries.won, on_queries.lost) == (pairs.count((False, True)), pairs.count((True, False)))
     assert on_marks.new == sum(doc_id != "login" for doc_id in first["new"][:7])
-    assert verdict.measures["new"]["recall@1"] == pytest.approx(sum(right["new"]) / 20)
+    assert verdict.measures["new"]["recall@1"].value == pytest.approx(sum(right["new"]) / 20)

@@ -229,6 +229,8 @@ def _recorded(record: Mapping[str, Any]) -> dict[str, Any]:
             facts[name] = record[name]
     if "metrics" in record:
         facts["recall@1"] = {name: row["metrics"]["recall@1"]["value"] for name, row in record["metrics"].items()}
+    if "version" in record:
+        facts["version"] = record["version"]["number"]
     if "federation" in record:
         facts["clients"] = {client["name"]: client["examples"] for client in record["federation"]["clients"]}
         facts["rounds"] = len(record["federation"]["rounds"])

@@ -1,7 +1,9 @@
 """A retriever made better by its marks: its data and they are trained on, old and new are compared."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
 from caravan.app.experiment import checkpoint_folder, recorded_settings
@@ -15,7 +17,7 @@ from caravan.data.dataset import Dataset
 from caravan.errors import ConfigError, DataError, PrivacyError, TrainingError
 from caravan.files import alone
 from caravan.model.retriever import Retriever
-from caravan.storage import check_destination, load
+from caravan.storage import check_destination, load, read_record
 from caravan.training.features import FeatureStore, default_cache
 from caravan.training.progress import Report
 
@@ -86,17 +88,19 @@ def improve(
         TrainingError: there is nothing new to learn, or the training was a federation's.
         StorageError: the folder is no saved retriever, or cannot be written.
     """
-    old = load(model)
+    read_record(model)  # before a lock is made beside something else
+    with alone(model):  # not while a document is being added
+        old = load(model)
     config = _settings(old, model, data, settings or {})
     if not dry_run:
         check_destination(model)
     marked = Marks(model).read()
     taught = lessons(marked.marks, old.catalogue)
     room = classroom(_dataset(config, model), old.catalogue, taught)
-    if not (taught.examples or taught.contradicted or old.record.get("changes")):
-        raise TrainingError(
-            f"{model}: nothing new to learn: no usable mark and no changed document; mark results right or wrong first"
-        )
+    marks_name = _name_of(marked)
+    known = old.record.get("learned") == marks_name and not (force or data or settings)
+    if (known or not (taught.examples or taught.contradicted)) and not old.record.get("changes"):
+        raise TrainingError(f"{model}: nothing new to learn: no new mark and no changed document; mark results first")
     store = FeatureStore(default_cache())
     with alone(checkpoint_folder(model)):  # two at once would write each other's snapshots
         experiment = Experiment(
@@ -110,15 +114,22 @@ def improve(
         )
         new = experiment.run()
         seconds = float(new.record["seconds"])
-        verdict = judge(old, new, room.dataset.validation, taught.questions, store=store, report=report)
+        verdict = judge(
+            old,
+            new,
+            room.dataset.validation,
+            taught.questions,
+            store=store,
+            bootstrap=config.evaluation.bootstrap,
+            seed=config.seed,
+            report=report,
+        )
         version = None
         if not dry_run and (force or verdict.objection is None):
             if verdict.measures:
-                estimates = {name: {"value": value} for name, value in verdict.measures["new"].items()}
-                new.record |= {
-                    "metrics": {config.training.mode: {"metrics": estimates}},
-                    "metrics_split": "validation",
-                }
+                row = {"metrics": verdict.to_dict()["measures"]["new"], "seconds": seconds}
+                new.record |= {"metrics": {config.training.mode: row}, "metrics_split": "validation"}
+            new.record["learned"] = marks_name
             what = _told(old, taught, room)
             version = Versions(model).replace(old, new, what=what, comparison=verdict.to_dict(), keep=keep)
         experiment.clear_checkpoint()
@@ -153,6 +164,12 @@ def _dataset(config: Config, model: str) -> Dataset:
     except DataError as error:
         what = str(error).rstrip(".")
         raise DataError(f"{what} -- {model} was trained on it; say where it is now with --data") from None
+
+
+def _name_of(marked: Marked) -> str:
+    """A hash of what the marks say: which of them a version has seen."""
+    pairs = sorted((mark.query, mark.doc_id, mark.right) for mark in marked.marks)
+    return sha256(json.dumps(pairs).encode("ascii")).hexdigest()
 
 
 def _told(old: Retriever, taught: Lessons, room: Classroom) -> str:

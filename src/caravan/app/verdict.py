@@ -9,7 +9,7 @@ from caravan.app.comparison import rank_queries
 from caravan.app.lessons import Question
 from caravan.data.records import Example
 from caravan.model.retriever import Retriever
-from caravan.training.evaluation import Ranking, measure
+from caravan.training.evaluation import Estimate, Ranking, measure
 from caravan.training.features import FeatureStore
 from caravan.training.progress import Report
 
@@ -53,7 +53,7 @@ class Verdict:
     """
 
     tallies: tuple[Tally, ...]
-    measures: Mapping[str, Mapping[str, float]]
+    measures: Mapping[str, Mapping[str, Estimate]]
 
     @property
     def objection(self) -> str | None:
@@ -77,7 +77,10 @@ class Verdict:
         """Plain values."""
         return {
             "tallies": [asdict(tally) for tally in self.tallies],
-            "measures": {name: dict(values) for name, values in self.measures.items()},
+            "measures": {
+                which: {name: asdict(estimate) for name, estimate in values.items()}
+                for which, values in self.measures.items()
+            },
             "objection": self.objection,
         }
 
@@ -89,6 +92,8 @@ def judge(
     questions: Sequence[Question],
     *,
     store: FeatureStore,
+    bootstrap: int = 1000,
+    seed: int = 13,
     report: Report | None = None,
 ) -> Verdict:
     """Compare two retrievers on the same documents.
@@ -99,10 +104,12 @@ def judge(
         validation: queries that neither was trained on.
         questions: marked ones that neither was trained on.
         store: where vectors are kept.
+        bootstrap: resamples behind each interval; 0: none.
+        seed: of the resampling.
         report: called as the encoding goes on.
     """
     tallies: list[Tally] = []
-    measures: dict[str, dict[str, float]] = {}
+    measures: dict[str, dict[str, Estimate]] = {}
 
     def ranked(retriever: Retriever, texts: Sequence[str], name: str) -> Ranking:
         return rank_queries(retriever, texts, store, report, task=f"comparing: {name} weights")
@@ -127,8 +134,7 @@ def judge(
         if name == "validation queries":
             gold = [new.catalogue.gold_rows(example) for example in validation]
             for which, ranking in rankings.items():
-                found = measure(ranking, gold, bootstrap=0)
-                measures[which] = {measured: estimate.value for measured, estimate in found.items()}
+                measures[which] = measure(ranking, gold, bootstrap=bootstrap, seed=seed)
 
     if validation:
         texts = [example.text for example in validation]
