@@ -48,7 +48,7 @@ bench-federated: $(VENV)/.for-development ## measure the speed-up of a federatio
 
 clean: ## remove caches and build outputs, but not .venv
 	rm -rf build dist src/*.egg-info .coverage .pytest_cache .ruff_cache .import_linter_cache .hypothesis
-	find src tests $(wildcard benchmarks) -name __pycache__ -prune -exec rm -rf {} +
+	find src tests $(wildcard benchmarks examples) -name __pycache__ -prune -exec rm -rf {} +
 
 $(VENV)/.for-demo: pyproject.toml constraints.txt | $(BIN)/pip
 	@echo "Installing into $(VENV); the first time this takes some minutes."

@@ -14,9 +14,9 @@ from packaging.utils import canonicalize_name
 import caravan
 
 ROOT = Path(__file__).parents[1]
-CODE = [path for folder in ("src", "tests", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
+CODE = [path for folder in ("src", "tests", "benchmarks", "examples") for path in sorted((ROOT / folder).rglob("*.py"))]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-HEAVY = ("datasets", "fastapi", "flwr", "matplotlib", "torch", "transformers")
+HEAVY = ("datasets", "fastapi", "flwr", "langchain_core", "matplotlib", "mcp", "sklearn", "torch", "transformers")
 GENERATED = {
     *(".git", ".hypothesis", ".import_linter_cache", ".pytest_cache", ".ruff_cache", ".venv"),
     *("__pycache__", "build", "caravan.egg-info", "dist", "runs"),

@@ -43,3 +43,7 @@ class AnswerError(CaravanError):
 
 class GeneratorError(AnswerError):
     """Whoever writes answers refuses, fails, or cannot be reached; the question is not at fault."""
+
+
+class IntegrationError(CaravanError, ImportError):
+    """A package that an integration is for is not installed; an `ImportError` too, as it is told at the import."""

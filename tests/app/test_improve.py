@@ -55,7 +55,7 @@ def test_marks_become_a_new_version_and_one_command_goes_back(model: Path) -> No
     done = _improve(model, "--force")  # two epochs on letters: which is better is luck
     assert (done["version"], done["trained"], done["held_back"]) == (2, trained, held)
     names = {tally["name"]: tally for tally in done["tallies"]}
-    assert names["marks held back"]["questions"] == held
+    assert names["marked right"]["questions"] == held
     assert names["validation queries"]["questions"] == 4
     new = load(model)
     assert new.record["dataset"]["train"] == 36 + trained
@@ -88,7 +88,7 @@ def test_a_dry_run_compares_and_changes_nothing(model: Path) -> None:
     _mark(model)
     before = listing(model.parent)
     outcome = run("improve", model, "--dry-run")
-    assert "marks held back" in outcome.out
+    assert "marked right" in outcome.out
     locks = [name for name in listing(model.parent) if name.endswith(".lock")]
     assert {name: what for name, what in listing(model.parent).items() if name not in locks} == {
         name: what for name, what in before.items() if name not in locks
@@ -148,7 +148,7 @@ def test_without_new_marks_or_changes_there_is_nothing_to_learn(model: Path) -> 
     _improve(model, "--force")
     check_refused(run("improve", model), "no new mark")
     Marks(model).add(Mark("a b a b", "d0", right=True, time=now()))
-    assert "marks held back" in run("improve", model, "--dry-run").out
+    assert "marked right" in run("improve", model, "--dry-run").out
 
 
 def test_data_that_is_not_where_it_was_is_named_with_a_remedy(model: Path, workshop: Workshop) -> None:

@@ -327,18 +327,6 @@ def test_the_description_has_every_route_and_examples_that_are_answered(folder: 
             assert client.post(path, json=example).status_code == 200, path
 
 
-def test_a_page_is_served_where_there_is_one(master: Path, tmp_path: Path, monkeypatch) -> None:
-    with serving(master) as client:
-        assert client.get("/").status_code == 404
-    (tmp_path / "page").mkdir()
-    (tmp_path / "page" / "index.html").write_text("<title>caravan</title>")
-    monkeypatch.setattr("caravan.app.service._PAGE", tmp_path / "page")
-    with serving(master, keys=KEYS) as client:
-        assert client.get("/").text == "<title>caravan</title>"
-        assert client.get("/health").json() == {"status": "ready"}
-        refusal(client.get("/../served.py"), 404)
-
-
 def test_a_folder_that_is_none_is_refused_before_anything_is_served(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="no such folder"):
         make(tmp_path / "none")

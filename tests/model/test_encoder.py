@@ -5,14 +5,17 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import AutoModel
 
 from caravan.config import AdapterConfig, BackboneConfig
 from caravan.errors import BackboneError, DataError
+from caravan.model import encoder as encoding
 from caravan.model.adapter import make_adapter
 from caravan.model.backbone import Backbone, load_backbone
-from caravan.model.encoder import Encoder, pad, pool
+from caravan.model.encoder import Encoder, even_parts, pad, pool
 from tiny_models import FAMILIES
 
 Folders = Callable[[str], Path]
@@ -54,6 +57,57 @@ class TestPad:
         input_ids, mask = pad(self.TOKENS, device=torch.device("cpu"), side="left")
         assert input_ids.tolist() == [[7, 8, 9], [0, 0, 5]]
         assert mask.tolist() == [[True, True, True], [False, False, True]]
+
+
+def cuts_of(count: int) -> list[list[range]]:
+    """Every way to cut so many texts into groups."""
+    ways = []
+    for chosen in range(2 ** (count - 1)):
+        ends = [end for end in range(1, count) if chosen >> (end - 1) & 1] + [count]
+        ways.append([range(start, end) for start, end in zip([0, *ends], ends, strict=False)])
+    return ways
+
+
+class TestEvenParts:
+    @given(st.lists(st.integers(1, 30), min_size=1, max_size=9).map(sorted), st.integers(0, 40))
+    def test_no_other_cut_costs_less(self, lengths: list[int], alone: int) -> None:
+        def cost(parts: list[range]) -> int:
+            return sum(alone + len(part) * lengths[part[-1]] for part in parts)
+
+        ours = even_parts(lengths, alone=alone)
+        assert [number for part in ours for number in part] == list(range(len(lengths)))
+        assert cost(ours) == min(map(cost, cuts_of(len(lengths))))
+
+    def test_one_long_text_goes_by_itself_where_a_pass_is_cheap(self) -> None:
+        assert even_parts([5, 5, 6, 50], alone=10) == [range(3), range(3, 4)]
+        assert even_parts([5, 5, 6, 50], alone=1000) == [range(4)]
+
+    @pytest.mark.parametrize("side", ["right", "left"])
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_vectors_and_gradients_are_those_of_one_pass(
+        self, family: str, side: str, backbone_of: Backbones, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        encoder = make(backbone_of(family), moved=0.1)
+        ids, mask = pad(encoder.tokenize([*TEXTS, " ".join(TEXTS)]), device=encoder.device, side=side)
+        found, passes, blocks = [], [], Backbone.blocks
+
+        def counted(self: Backbone, embeddings: Tensor, mask: Tensor) -> Tensor:
+            passes.append(tuple(mask.shape))
+            return blocks(self, embeddings, mask)
+
+        monkeypatch.setattr(Backbone, "blocks", counted)
+        for alone in (10**9, 0):
+            monkeypatch.setitem(encoding._ALONE, "cpu", alone)
+            vectors = encoder(ids, mask)
+            (vectors * torch.arange(encoder.width)).sum().backward()
+            gradients = [parameter.grad for parameter in encoder.adapter.parameters()]
+            encoder.zero_grad()
+            found.append([vectors.detach(), *gradients])
+        whole = tuple(mask.shape)
+        assert passes[0] == whole
+        assert (passes[1:] == [whole]) == (side == "left")  # nothing to cut off on the right
+        for ours, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 class TestPool:

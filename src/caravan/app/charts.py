@@ -133,8 +133,8 @@ def save_figure(figure: Any, path: Path) -> None:
     """
     from matplotlib import rc_context
 
-    with whole_file(path) as temporary, rc_context({"svg.hashsalt": "caravan"}):
-        # A fixed salt and no date: the same figures give the same file.
+    # A fixed salt and no date: the same figures give the same file. Text stays text: it can be read aloud.
+    with whole_file(path) as temporary, rc_context({"svg.hashsalt": "caravan", "svg.fonttype": "none"}):
         metadata = {"Date": None} if path.suffix == ".svg" else {}
         figure.savefig(temporary, format=path.suffix.lstrip("."), dpi=150, metadata=metadata)
 

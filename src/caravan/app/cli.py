@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from caravan import __version__
-from caravan.app import ask, communicate, doctor, federate, improve, personal, privacy, reproduce, serve
+from caravan.app import ask, communicate, doctor, federate, improve, mcp, personal, privacy, reproduce, serve
 from caravan.app.command import Config, Json, Set, TwoWords, print_json, work
 from caravan.app.options import build_config, parse_settings
 from caravan.errors import CaravanError
@@ -330,7 +330,7 @@ def info(
         print_facts(facts)
 
 
-for command in (ask.ask, personal.personalise, doctor.doctor, serve.serve, reproduce.reproduce):
+for command in (ask.ask, personal.personalise, doctor.doctor, serve.serve, mcp.mcp, reproduce.reproduce):
     app.command()(command)
 for command in (improve.improve, improve.versions, improve.rollback):
     app.command()(command)

@@ -188,7 +188,7 @@ def calibrated(folder: str | Path, retriever: Retriever, *, going: Callable[[], 
         retriever: as loaded.
         going: called again and again while it is chosen; a `CaravanError` of it means the default, and nothing is kept.
     """
-    fingerprint = _fingerprint(retriever)
+    fingerprint = fingerprint_of(retriever)
     with suppress(OSError, ValueError, TypeError, KeyError, ValidationError):
         kept = json.loads((Path(folder) / STORED).read_text(encoding="utf-8"))
         if kept["fingerprint"] == fingerprint:
@@ -207,7 +207,8 @@ def calibrated(folder: str | Path, retriever: Retriever, *, going: Callable[[], 
     return calibration
 
 
-def _fingerprint(retriever: Retriever) -> str:
+def fingerprint_of(retriever: Retriever) -> str:
+    """SHA-256, in hex, over all that decides what a retriever finds: frozen model, adapter, head and documents."""
     digest = hashlib.sha256(f"{retriever.encoder.key()} {retriever.catalogue.fingerprint}".encode())
     for name, tensor in retriever.head.state_dict().items():
         digest.update(name.encode())

@@ -5,7 +5,7 @@ cannot do it raises as a `CaravanError`; `gate.as_reply` makes the status of it.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, MutableMapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict
 from http import HTTPStatus
@@ -16,6 +16,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
+from fastapi.middleware.gzip import GZipMiddleware
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 from torch.nn.functional import normalize
@@ -49,6 +50,15 @@ from caravan.errors import CaravanError
 from caravan.model.encoder import check_texts
 
 _PAGE = Path(__file__).with_name("page")  # static files of a web page, where there is one
+_PAGE_HEADERS = {
+    # Nothing from elsewhere, no script or style but our files, and no text that becomes HTML.
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-cache",  # asked for again each time, so that files of two versions never meet
+}
 
 
 open_routes = APIRouter(tags=["health"])
@@ -265,8 +275,17 @@ def make_app(shelf: Shelf, keys: Keys, metrics: Metrics) -> FastAPI:
         )
     app.add_middleware(Gate, limits=shelf.terms.limits, metrics=metrics)  # pyright: ignore[reportArgumentType]
     if _PAGE.is_dir():
-        app.mount("/", StaticFiles(directory=_PAGE, html=True), name="page")
+        app.mount("/", GZipMiddleware(_Page(directory=_PAGE, html=True)), name="page")
     return app
+
+
+class _Page(StaticFiles):
+    """The web page's files, each with what a browser must not do with it."""
+
+    async def get_response(self, path: str, scope: MutableMapping[str, Any]) -> Response:
+        response = await super().get_response(path, scope)
+        response.headers.update(_PAGE_HEADERS)
+        return response
 
 
 @asynccontextmanager

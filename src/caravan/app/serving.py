@@ -19,9 +19,6 @@ from caravan.training.baselines import Bm25
 
 Filter = Mapping[str, str | Sequence[str]]
 
-# Texts of like length go through the model together. Larger groups spend the gain on padding: of 64 help-desk queries
-# on one core, 16 at a time took half the time of all at once, and 8 no less.
-_TEXTS_AT_ONCE = 16
 _SCORES_AT_ONCE = 2**23  # scores held at a time: 32 MiB, whatever the number of queries and documents
 
 
@@ -157,7 +154,7 @@ class Served:
         """
         texts = [text for asked in batch for text in asked.texts]
         encoder = self.retriever.encoder
-        vectors = encoder.encode(texts, batch_size=_TEXTS_AT_ONCE)
+        vectors = encoder.encode(texts)
         parts = vectors.split([len(asked.texts) for asked in batch])
         for asked in batch:
             if asked.whole:
@@ -191,11 +188,7 @@ class Served:
     def _mips(self, asked: Asked, vectors: Tensor, among: Tensor | None) -> list[list[tuple[int, float]]]:
         if self.bare_rows is None:
             raise DataError("plain vector search is not kept ready here; start the service with --mips")
-        bare = (
-            vectors
-            if self.retriever.encoder.is_identity()
-            else self.bare_encoder.encode(asked.texts, batch_size=_TEXTS_AT_ONCE)
-        )
+        bare = vectors if self.retriever.encoder.is_identity() else self.bare_encoder.encode(asked.texts)
         found: list[list[tuple[int, float]]] = []
         for part in bare.split(self._queries_at_once):
             scores = part @ self.bare_rows.T

@@ -14,6 +14,7 @@ from caravan.training.features import FeatureStore
 from caravan.training.progress import Report
 
 CHANCE = 0.05  # a loss that chance alone would bring less often than this is taken for a loss
+_VALIDATION, _RIGHT, _WRONG = "validation queries", "marked right", "marked wrong alone"
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Tally:
         new: and the new ones so many.
         won: the new ones do and the old ones do not.
         lost: the other way round.
+        even: whether the questions were chosen without looking at either; those marked wrong alone were chosen because
+            the old weights failed, so that any others would do better on them.
     """
 
     name: str
@@ -35,6 +38,7 @@ class Tally:
     new: int
     won: int
     lost: int
+    even: bool = True
 
     @property
     def chance(self) -> float:
@@ -48,7 +52,8 @@ class Verdict:
     """What the comparison found.
 
     Attributes:
-        tallies: on validation queries and on marked queries held back, those of them that there are.
+        tallies: on validation queries, held-back queries with a right mark, and those with wrong marks alone; of these
+            those that there are.
         measures: recall@k, MRR@10, ... on the validation queries, by "old" and "new"; none where there are none.
     """
 
@@ -59,14 +64,15 @@ class Verdict:
     def objection(self) -> str | None:
         """Why the new weights are not taken; None where they are.
 
-        They are taken where they answer no fewer questions first than the old ones, all sets together, and where no set
-        alone speaks against them by more than chance explains.
+        They are taken where they answer no fewer questions first than the old ones, all even sets together, and where
+        no set alone speaks against them by more than chance explains.
         """
-        if not self.tallies:
-            return "nothing to compare on: there are neither validation queries nor held-back marks"
-        old, new = sum(tally.old for tally in self.tallies), sum(tally.new for tally in self.tallies)
+        even = [tally for tally in self.tallies if tally.even]
+        if not even:
+            return "nothing to compare on: there are neither validation queries nor held-back right marks"
+        old, new = sum(tally.old for tally in even), sum(tally.new for tally in even)
         if new < old:
-            total = sum(tally.questions for tally in self.tallies)
+            total = sum(tally.questions for tally in even)
             return f"the new weights answer {new} of {total} questions first, the old ones {old}"
         for tally in self.tallies:
             if tally.lost > tally.won and tally.chance < CHANCE:
@@ -114,7 +120,7 @@ def judge(
     def ranked(retriever: Retriever, texts: Sequence[str], name: str) -> Ranking:
         return rank_queries(retriever, texts, store, report, task=f"comparing: {name} weights")
 
-    def count(name: str, texts: Sequence[str], right: Callable[[int, str], bool]) -> None:
+    def count(name: str, texts: Sequence[str], right: Callable[[int, str], bool], *, even: bool = True) -> None:
         rankings = {which: ranked(retriever, texts, which) for which, retriever in (("old", old), ("new", new))}
         first = {
             which: [right(place, new.catalogue.ids[int(row)]) for place, row in enumerate(ranking.rows[:, 0])]
@@ -129,17 +135,22 @@ def judge(
                 sum(first["new"]),
                 won=sum(after and not before for before, after in pairs),
                 lost=sum(before and not after for before, after in pairs),
+                even=even,
             )
         )
-        if name == "validation queries":
+        if name == _VALIDATION:
             gold = [new.catalogue.gold_rows(example) for example in validation]
             for which, ranking in rankings.items():
                 measures[which] = measure(ranking, gold, bootstrap=bootstrap, seed=seed)
 
     if validation:
         texts = [example.text for example in validation]
-        count("validation queries", texts, lambda place, doc_id: doc_id in validation[place].doc_ids)
-    if questions:
-        texts = [question.query for question in questions]
-        count("marks held back", texts, lambda place, doc_id: questions[place].answered(doc_id))
+        count(_VALIDATION, texts, lambda place, doc_id: doc_id in validation[place].doc_ids)
+    for name, own in (
+        (_RIGHT, [question for question in questions if question.right]),
+        (_WRONG, [question for question in questions if not question.right]),
+    ):
+        if own:
+            texts = [question.query for question in own]
+            count(name, texts, lambda place, doc_id, own=own: own[place].answered(doc_id), even=name == _RIGHT)
     return Verdict(tuple(tallies), measures)

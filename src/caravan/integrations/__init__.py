@@ -1,0 +1,1 @@
+"""Doors into other frameworks: one module each, and only that module imports the framework."""
