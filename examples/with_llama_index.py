@@ -22,7 +22,7 @@ for found in retriever.retrieve("my bird went dark mid ride"):
 engine = RetrieverQueryEngine.from_args(
     retriever,
     llm=MockLLM(),  # put your own here; this one repeats its prompt
-    node_postprocessors=[SimilarityPostprocessor(similarity_cutoff=0.02)],
+    node_postprocessors=[SimilarityPostprocessor(similarity_cutoff=0.01)],
 )
 answer = engine.query("how do i cancel an order?")
 print("\nThe answer was written from", [source.node.node_id for source in answer.source_nodes])

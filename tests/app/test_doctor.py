@@ -13,6 +13,7 @@ from caravan.config import AdapterConfig, DataConfig, PrivacyConfig
 from caravan.data.catalogue import Catalogue
 from caravan.data.dataset import Dataset
 from caravan.data.records import Document, Example
+from caravan.model import encoder
 from caravan.training.progress import Progress
 from command_line import check_refused, run
 from toy_experiments import toy_dataset
@@ -83,8 +84,10 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_provoked_fault_is_found_with_its_remedy_first(record, name):
+def test_a_provoked_fault_is_found_with_its_remedy_first(record, name, monkeypatch):
     parts, remedy = FAULTS[name]
+    if name == "padding":  # as on a GPU: a processor sends the few long ones through by themselves
+        monkeypatch.setitem(encoder._ALONE, "cpu", encoder._ALONE["cuda"])
     found = [each for each in examine(record(**parts)) if each.name.endswith(name)]
     assert len(found) == 1, found
     assert all((found[0].evidence, found[0].cause, found[0].remedy))

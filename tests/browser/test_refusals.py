@@ -103,6 +103,19 @@ class TestBusy:
             page.get_by_text("A text of 20,001 characters, at most 20,000 are taken; cut it.").wait_for()
 
 
+def test_an_answer_that_broke_off_is_no_answer(chromium, at_small: str) -> None:
+    with visiting(chromium, at_small) as person:
+        pieces = 'event: piece\ndata: {"text": "Half of", "afresh": false}\n\n: a sign of life\n\n'
+        person.page.route("**/ask", lambda route: route.fulfill(content_type="text/event-stream", body=pieces))
+        page = person.goes_to("ask", "?q=refund")
+        page.get_by_role("button", name="Ask", exact=True).click()
+        page.locator(".notice", has_text="The answer broke off.").wait_for()
+        assert page.locator(".answer").count() == 0
+        page.unroute("**/ask")
+        page.get_by_role("button", name="Try again").click()
+        page.locator(".confidence").wait_for()
+
+
 def test_a_service_that_is_gone_is_looked_for_until_it_is_back(chromium, at_small: str) -> None:
     with visiting(chromium, at_small) as person:
         person.expected += ("ERR_INTERNET_DISCONNECTED",)

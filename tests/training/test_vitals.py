@@ -45,12 +45,18 @@ def test_an_epoch_is_the_mean_of_its_steps():
         vitals.see_loss(loss, count)
         vitals.see_gradient(norm, most=3.5)
         vitals.steps += 1
-    vitals.see_lengths([[0, 1], [2]], [4, 2, 1])
+    vitals.see_lengths([[0, 1], [2]], [4, 2, 1], torch.device("cpu"))
     found = vitals.close(queries=4, private=False, padded=True)
     assert (found["loss"], found["first_loss"], found["clipped"]) == (1.75, 2.0, 0.5)
     assert found["gradient_norm"] == pytest.approx(math.sqrt(12.5))
     assert found["padding"] == pytest.approx(1 - 7 / 9)
     assert vitals == Vitals()
+
+
+def test_texts_that_go_through_apart_are_not_padded_to_each_other():
+    vitals = Vitals()
+    vitals.see_lengths([[0, 1, 2]], [400, 2, 1], torch.device("cpu"))
+    assert vitals.close(queries=3, private=False, padded=True)["padding"] == pytest.approx(1 - 403 / 404)
 
 
 def test_the_signal_is_found_under_noise():

@@ -133,7 +133,7 @@ def save_figure(figure: Any, path: Path) -> None:
     """
     from matplotlib import rc_context
 
-    # A fixed salt and no date: the same figures give the same file. Text stays text: it can be read aloud.
+    # A fixed salt and no date: the same figures give the same file. Text stays text, which is small and can be read.
     with whole_file(path) as temporary, rc_context({"svg.hashsalt": "caravan", "svg.fonttype": "none"}):
         metadata = {"Date": None} if path.suffix == ".svg" else {}
         figure.savefig(temporary, format=path.suffix.lstrip("."), dpi=150, metadata=metadata)

@@ -68,9 +68,8 @@ class Encoder(nn.Module):
         blocks, device = (backbone or self.backbone).blocks, soft.device
         lengths = _lengths(mask)
         order = sorted(range(len(lengths)), key=lambda row: lengths[row])
-        alone = _ALONE.get(device.type, _ALONE["cuda"])
         pooled = []
-        for part in even_parts([lengths[row] for row in order], alone=alone):
+        for part in even_parts([lengths[row] for row in order], alone=_alone(device)):
             rows, longest = torch.tensor(order[part.start : part.stop], device=device), lengths[order[part[-1]]]
             own = mask[rows, :longest]
             hidden = blocks(soft[rows, :longest], own).to(torch.float32)
@@ -170,6 +169,16 @@ def even_parts(lengths: Sequence[int], *, alone: int) -> list[range]:
         parts.insert(0, range(start, end))
         end = start
     return parts
+
+
+def places(lengths: Sequence[int], device: torch.device) -> int:
+    """How many places are computed for texts of so many tokens, padding among them, when they go through together."""
+    ordered = sorted(lengths)
+    return sum(len(part) * ordered[part[-1]] for part in even_parts(ordered, alone=_alone(device)))
+
+
+def _alone(device: torch.device) -> int:
+    return _ALONE.get(device.type, _ALONE["cuda"])
 
 
 def _lengths(mask: Tensor) -> list[int]:

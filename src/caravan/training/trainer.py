@@ -254,7 +254,7 @@ class _Fit:
         """Gather what tells a sound training from one that is not."""
         self.vitals.steps += 1
         if self.privacy is None:
-            self.vitals.see_lengths(batches, self.inputs.lengths)
+            self.vitals.see_lengths(batches, self.inputs.lengths, self.retriever.encoder.device)
             if self.vitals.wants_decrease(self.step_in_epoch, self.steps.per_epoch):
                 self.vitals.see_decrease(self.optimizer)
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from caravan.model.encoder import places
+
 _LOOKS = 8  # steps an epoch whose first-order decrease is worked out: a mean needs no more
 _CHUNK = 1 << 20  # numbers at a time: 4 MiB, however large the head
 
@@ -102,12 +104,12 @@ class Vitals:
         self.noise += numbers * std**2
         self.noise_spread += 2 * numbers * std**4
 
-    def see_lengths(self, batches: Sequence[Sequence[int]], lengths: Sequence[int]) -> None:
-        """Count the tokens of a step's batches, and the places they take when each is padded to its longest."""
+    def see_lengths(self, batches: Sequence[Sequence[int]], lengths: Sequence[int], device: torch.device) -> None:
+        """Count the tokens of a step's batches, and the places that are computed for them."""
         for batch in batches:
             own = [lengths[number] for number in batch]
             self.tokens += sum(own)
-            self.places += len(own) * max(own, default=0)
+            self.places += places(own, device)
 
     def wants_decrease(self, step: int, steps: int) -> bool:
         """Whether a step of an epoch is one of the few to look at closely."""

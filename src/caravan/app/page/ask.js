@@ -86,7 +86,7 @@ async function written(query, signal, tell) {
     if (name === "error") throw new ServiceError(data.error, 502);
     if (name === "answer") return data;
   }
-  throw new ServiceError("The answer broke off.", 0);
+  throw new ServiceError("The answer broke off.", 502);
 }
 
 /** What the documents say; one that was removed meanwhile is left out. */

@@ -91,7 +91,8 @@ function column(name, rows, ranks) {
     ),
   );
   const list = element("ol", { "aria-labelledby": heading.id }, ...items);
-  return element("div", { class: "column", "data-column": name }, heading, list);
+  const none = items.length === 0 && element("p", { class: "hint" }, "No document has a word of this query.");
+  return element("div", { class: "column", "data-column": name }, heading, none || list);
 }
 
 /** In our column: how much higher or lower than by the others. In theirs: where it is by ours. */
@@ -100,7 +101,7 @@ function moves(name, row, ranks) {
   return others.map((other) => {
     const there = ranks[other].get(row.doc_id);
     const where = NAMES[other];
-    if (there === undefined) return tag("new", null, where, `not among the ${ranks[other].size} first of ${where}`);
+    if (there === undefined) return tag("new", null, where, `not among the ${RANKED} first of ${where}`);
     const gain = name === "ours" ? there - row.rank : row.rank - there;
     if (gain === 0) return tag("same", "same", `same in ${where}`, `same place in ${where}`);
     const words = name === "ours" ? `${where} has it at ${there}` : `ours has it at ${there}`;
@@ -131,7 +132,7 @@ function inWords(first, ranks) {
     .map(([name, rows]) => {
       const rank = rows.get(first.doc_id);
       if (rank === 1) return `also first by ${NAMES[name]}`;
-      return rank ? `number ${rank} by ${NAMES[name]}` : `not among the ${rows.size} first of ${NAMES[name]}`;
+      return rank ? `number ${rank} by ${NAMES[name]}` : `not among the ${RANKED} first of ${NAMES[name]}`;
     });
   return `Ours puts “${first.title || first.doc_id}” first; it is ${places.join(" and ")}.`;
 }

@@ -45,7 +45,7 @@ function picture(chart, width) {
       drawn("text", { class: "tick", x: EDGE.left - 8, y: y(tick) + 4, "text-anchor": "end" }, chart.show(tick)),
     );
   }
-  const whole = nice(first, last, Math.max(2, Math.floor(width / 90))).filter(
+  const whole = nice(first, last, Math.max(4, Math.floor(width / 90))).filter(
     (tick) => Number.isInteger(tick) && tick >= first && tick <= last,
   );
   for (const tick of whole) {

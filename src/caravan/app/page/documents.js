@@ -1,7 +1,7 @@
 // The page Documents: what can be found, page by page, and adding, editing and removing where the caller may.
 
 import { opened } from "./dialogs.js";
-import { counted, element, labels, partsOf, show } from "./elements.js";
+import { counted, element, labels, partsOf, show, withOptions } from "./elements.js";
 import { address, note } from "./routes.js";
 import { served, servedAnew, whyNot } from "./served.js";
 import { ask, withQuery } from "./service.js";
@@ -44,7 +44,7 @@ export function documentsPage(root) {
 
   function list({ documents, total, cut }, info, text) {
     const reason = whyNot(info, "change documents");
-    show(parts.reason, reason);
+    show(parts.reason, ...withOptions(reason ?? ""));
     parts.add.disabled = reason !== null;
     show(parts.list, ...documents.map((document) => row(document, reason)));
     const what = text ? `${counted(total, "document")} with “${text}” in the id` : counted(total, "document");

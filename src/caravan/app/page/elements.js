@@ -70,6 +70,11 @@ export function counted(count, one, many = `${one}s`) {
   return `${count.toLocaleString("en")} ${count === 1 ? one : many}`;
 }
 
+/** A sentence whose options of the command line are not broken over two lines. */
+export function withOptions(sentence) {
+  return sentence.split(/(--[a-z-]+)/).map((piece) => (piece.startsWith("--") ? element("code", {}, piece) : piece));
+}
+
 /** Metadata as small labels. */
 export function labels(metadata) {
   const pairs = Object.entries(metadata ?? {});

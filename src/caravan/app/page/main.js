@@ -8,7 +8,7 @@ import { counted } from "./elements.js";
 import { forgetMarks } from "./marks.js";
 import { here } from "./routes.js";
 import { searchPage } from "./search.js";
-import { served, servedAnew } from "./served.js";
+import { servedAnew } from "./served.js";
 import { currentKey, whenKeyIsNeeded } from "./service.js";
 import { trainingPage } from "./training.js";
 import { whenLost } from "./trouble.js";
@@ -41,6 +41,7 @@ function route() {
     if (current) heading.focus();
     current = name;
     scrollTo(0, 0);
+    servedAnew().catch(() => {}); // another model may have come; the page that is shown says what is wrong
   }
   pages[name].show(parameters);
 }
@@ -136,4 +137,3 @@ whenLost(async () => {
 });
 
 route();
-served().catch(() => {}); // the view that is shown says what is wrong

@@ -40,7 +40,7 @@ export function markButtons(query, hit, reason) {
         "data-right": String(right),
         "aria-label": `${word}: ${hit.title || hit.doc_id}`,
         disabled: reason !== null,
-        title: reason,
+        "aria-describedby": reason === null ? null : "search-reason",
         onclick: () => mark(query, hit, known?.get(name(query, hit.doc_id)) === right ? null : right, group),
       },
       icon(right ? "right" : "wrong"),

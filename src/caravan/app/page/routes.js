@@ -14,7 +14,12 @@ export function address(name, parameters = {}) {
 
 /** Write what is shown into the address without a step in the history: typing is no navigation. */
 export function note(name, parameters) {
-  if (here().name === name) history.replaceState(null, "", address(name, parameters));
+  if (here().name !== name) return;
+  try {
+    history.replaceState(null, "", address(name, parameters));
+  } catch {
+    // Browsers allow so many in a while; the next one will do.
+  }
 }
 
 /** Take a query along to the pages that ask something. */

@@ -1,6 +1,6 @@
 // The page Search: ranked documents as one types, read, marked right or wrong.
 
-import { counted, element, labels, partsOf, probabilityBar, show } from "./elements.js";
+import { counted, element, labels, partsOf, probabilityBar, show, withOptions } from "./elements.js";
 import { markButtons, readMarks } from "./marks.js";
 import { carry, note, address } from "./routes.js";
 import { served, whyNot } from "./served.js";
@@ -31,8 +31,8 @@ export function searchPage(root) {
     }
     const started = performance.now();
     try {
-      const [info] = await Promise.all([served(), readMarks()]);
-      const answer = await ask("search", { method: "POST", body: { query, k: count }, signal });
+      const question = { method: "POST", body: { query, k: count }, signal };
+      const [answer, info] = await Promise.all([ask("search", question), served(), readMarks()]);
       if (signal.aborted) return;
       clearTrouble(parts.trouble);
       results(query, answer.results[0].hits, info, Math.max(1, Math.round(performance.now() - started)));
@@ -57,7 +57,7 @@ export function searchPage(root) {
     const reason = whyNot(info, "mark results");
     show(parts.empty);
     show(parts.results, ...hits.map((hit) => result(query, hit, words, reason)));
-    show(parts.reason, reason);
+    show(parts.reason, ...withOptions(reason ?? ""));
     parts.more.hidden = hits.length < count || count >= Math.min(MOST, info.documents);
     const all = info.documents.toLocaleString("en");
     parts.status.textContent = `${counted(hits.length, "document")} of ${all}, in ${milliseconds} ms`;
