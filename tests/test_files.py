@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from caravan import files
 from caravan.errors import DataError, StorageError
-from caravan.files import make_folder, whole_file, whole_folder
+from caravan.files import hold, is_held, make_folder, whole_file, whole_folder
 from disks import make_read_only, small_disk
 
 NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
@@ -311,3 +311,38 @@ def test_a_read_only_disk_is_a_storage_error(tmp_path, writer):
         with pytest.raises(StorageError, match="Read-only file system"):
             make_folder(disk / "fresh")
         assert contents(disk) == before
+
+
+def test_a_file_is_held_until_it_is_closed_and_a_second_holder_only_opens_it(tmp_path):
+    path = tmp_path / "name"
+    assert not is_held(path)
+    first = hold(path)
+    assert is_held(path)
+    second = hold(path)
+    os.write(second, b"second\n")
+    os.write(first, b"first\n")
+    os.close(second)
+    assert is_held(path)
+    os.close(first)
+    assert not is_held(path)
+    assert path.read_text() == "second\nfirst\n"
+
+
+def test_who_only_looks_does_not_keep_a_file_from_being_held(tmp_path):
+    path, stop = tmp_path / "name", threading.Event()
+    path.touch()
+
+    def look():
+        while not stop.is_set():
+            is_held(path)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        for _ in range(20):
+            handle = hold(path)
+            assert is_held(path)
+            os.close(handle)
+    finally:
+        stop.set()
+        thread.join()

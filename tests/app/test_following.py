@@ -139,23 +139,19 @@ class TestStates:
         assert not checkpoint_folder(tmp_path / "out").exists()
 
     def test_what_a_private_training_has_spent_is_shown_and_no_loss(self, place, tmp_path) -> None:
-        out, federation = tmp_path / "out", {"clients": 2, "rounds": 2}
+        out, watcher = tmp_path / "out", Watcher(tmp_path / "out")
+        config = place.config(mode="head", epochs=2, federation={"clients": 2, "rounds": 2})
         privacy = PrivacyConfig(mode="dp-sgd", batch=12, noise_multiplier=1.0)
-        for name, config in (
-            ("central", place.config(mode="head", epochs=2)),
-            ("federated", place.config(mode="head", epochs=2, federation=federation)),
-        ):
-            watcher = Watcher(out / name)
-            run_experiment(replace(config, privacy=privacy), out / name, report=watcher)
-            end = checked(Following(out / name).read())
-            spent = [point.epsilon for point in end.points]
-            assert None not in spent
-            assert spent == sorted(spent)
-            assert [point.loss for point in end.points] == [None, None]
-            assert end.privacy.startswith("Trained with differential privacy")
-            running = next(each for each in reversed(watcher.seen) if each["state"] == "running")
-            assert running["points"][0]["epsilon"] == spent[0]
-            assert running["privacy"].startswith("Trained with differential privacy")
+        run_experiment(replace(config, privacy=privacy), out, report=watcher)
+        end = checked(Following(out).read())
+        spent = [point.epsilon for point in end.points]
+        assert None not in spent
+        assert spent == sorted(spent)
+        assert [point.loss for point in end.points] == [None, None]
+        assert end.privacy.startswith("Trained with differential privacy")
+        running = next(each for each in reversed(watcher.seen) if each["state"] == "running")
+        assert running["points"][0]["epsilon"] == spent[0]
+        assert running["privacy"].startswith("Trained with differential privacy")
 
     def test_rounds_that_hide_whole_clients_say_what_they_cost(self, place, tmp_path) -> None:
         privacy = PrivacyConfig(mode="client-level", noise_multiplier=1.0)

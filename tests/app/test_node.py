@@ -8,6 +8,7 @@ import torch
 
 from caravan.app import coordinator
 from caravan.app.deployment import Deployment
+from caravan.app.following import Following
 from caravan.app.learning import Experiment
 from caravan.errors import FederationError
 from caravan.model.encoder import Encoder
@@ -175,6 +176,9 @@ def test_a_run_that_failed_in_the_middle_is_resumed_to_the_same_model(network, t
         with pytest.raises(OSError, match="killed"):
             network.run(tmp_path / "resumed")
     assert (network.deployment.folder / "checkpoint" / "head.safetensors").exists()
+    seen = Following(network.deployment.folder).read()
+    assert (seen["state"], len(seen["points"])) == ("stopped", 1)
+    assert seen["points"][0]["bytes_up"] > 0
     network.replies.clear()
     network.run(tmp_path / "resumed", resume=True)
     assert len(network.replies) == 3  # the second round alone

@@ -51,6 +51,23 @@ def test_training_lowers_the_loss_and_learns_the_task(backbone, stage):
     assert history[-1].validation_recall == pytest.approx(recall(retriever, VALIDATION))
 
 
+@both_stages
+def test_each_epoch_is_told_as_it_ends(backbone, stage):
+    told, log = [], Log()
+    history = fit(
+        toy_retriever(backbone),
+        EXAMPLES,
+        stage,
+        toy_config(epochs=3),
+        seed=0,
+        report=log,
+        on_epoch=lambda epoch: told.append((epoch, len(log.steps))),
+    )
+    assert [epoch for epoch, _ in told] == history
+    seen = [count for _, count in told]
+    assert seen == sorted(set(seen))  # between two epochs there were steps
+
+
 # The core is 4 x 4 numbers here: it cannot do much.
 @pytest.mark.parametrize(
     ("adapter", "rate", "left"), [("full", 0.02, 0.8), ("lowrank", 0.02, 0.8), ("core", 0.5, 0.97)]

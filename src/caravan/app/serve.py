@@ -64,7 +64,8 @@ def serve(
 
     caravan serve my-retriever
     caravan serve my-retriever --host 0.0.0.0 --keys keys.txt --workers 2
-    caravan serve my-retriever --generator self --training next
+    caravan serve my-retriever --generator Qwen/Qwen3-0.6B
+    caravan serve my-retriever --training next-retriever
     """
     from caravan.app.limits import Terms, limits_from
     from caravan.errors import ConfigError
