@@ -118,11 +118,15 @@ def test_a_running_service_takes_up_each_version_without_an_error(model: Path, w
         assert set(statuses) == {200}
         assert len(answers) >= 2
 
+        expected = [hit.score for hit in load(model).search("a b c", 5)]
+
         def all_back() -> bool:  # each on a connection, and so perhaps a worker, of its own
-            found = {httpx2.get(f"{address}/info", timeout=60).json()["marks"] for _ in range(5)}
-            return found == {30}
+            body = {"query": "a b c", "k": 5}
+            found = [httpx2.post(f"{address}/search", json=body, timeout=60).json()["results"][0] for _ in range(8)]
+            return all([hit["score"] for hit in one["hits"]] == pytest.approx(expected, abs=1e-4) for one in found)
 
         _until(all_back)
+        assert httpx2.get(f"{address}/info", timeout=60).json()["marks"] == 30
     assert_same_bits(load(model).trainable_state(), before)
     assert [version.number for version in Versions(model).listed()] == [2, 1]
     assert len(Marks(model).read().marks) == 30
