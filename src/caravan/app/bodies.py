@@ -214,7 +214,7 @@ class RankAnswer(BaseModel):
 class MarkBody(BaseModel):
     """A document marked right or wrong for a query."""
 
-    model_config = _example({"query": "my bird went dark mid ride", "doc_id": "battery-empty", "right": True})
+    model_config = _example({"query": "how do I make it ring", "doc_id": "bell", "right": True})
 
     query: Text
     doc_id: Text
