@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import os
+import shutil
 import sys
 import threading
 import time
@@ -15,7 +16,7 @@ import pytest
 
 from caravan.app import bodies
 from caravan.app.answering import Answering
-from caravan.app.evidence import STORED
+from caravan.app.evidence import STORED, Weigher
 from caravan.app.generators import Piece
 from caravan.app.writing import Writing
 from caravan.config import HeadConfig
@@ -25,6 +26,7 @@ from caravan.storage import load, save
 from caravan.training.calibration import Calibration
 from saved_retrievers import DOCUMENTS, make_retriever
 from served import BELL, KEYS, READER, events_of, listening, make, refusal, serving, streamed
+from toy_experiments import DATASET
 
 QUESTION = {"query": "where is my parcel"}
 MODELS = Path(os.environ.get("CARAVAN_MODELS", Path(__file__).parents[3] / "shared" / "models"))
@@ -60,7 +62,7 @@ def writing(monkeypatch):
     def put(*script) -> Scripted:
         generator = Scripted(*script)
         monkeypatch.setattr(Writing, "make", lambda self, backbone: generator)
-        monkeypatch.setattr("caravan.app.asking.calibrated", lambda folder, retriever: Calibration(threshold=0.0))
+        monkeypatch.setattr("caravan.app.asking.calibrated", lambda *_, **__: Calibration(threshold=0.0))
         return generator
 
     return put
@@ -99,7 +101,7 @@ class TestAnswer:
 
     def test_below_the_threshold_nothing_is_known_and_nobody_writes(self, master: Path, monkeypatch) -> None:
         never = Calibration(threshold=1.0)
-        monkeypatch.setattr("caravan.app.asking.calibrated", lambda folder, retriever: never)
+        monkeypatch.setattr("caravan.app.asking.calibrated", lambda *_, **__: never)
         with serving(master) as client:
             answer = client.post("/ask", json=QUESTION).json()
             assert [name for name, _ in streamed(client, QUESTION)] == ["answer"]
@@ -128,7 +130,7 @@ class TestCalibration:
     def test_it_is_chosen_once_for_a_training_and_kept_for_other_documents(self, folder: Path, monkeypatch) -> None:
         chosen = []
 
-        def calibrated(place, retriever):
+        def calibrated(place, retriever, going):
             chosen.append(len(retriever.catalogue))
             return Calibration(threshold=0.0, queries=7)
 
@@ -145,6 +147,28 @@ class TestCalibration:
             client.post("/reload")
             client.post("/ask", json=QUESTION)
         assert chosen == [3, 4]
+
+    def test_the_service_ends_while_it_is_chosen_and_then_nothing_is_kept(
+        self, workshop, tmp_path, monkeypatch
+    ) -> None:
+        folder = Path(shutil.copytree(workshop.model, tmp_path / "model"))
+        began, ended = threading.Event(), threading.Event()
+
+        def encode_all(self, rows, going):
+            began.set()
+            try:
+                until(lambda: going() is not None)
+            finally:
+                ended.set()
+
+        monkeypatch.setattr(Weigher, "_encode_all", encode_all)
+        monkeypatch.setattr("caravan.app.evidence.Dataset.from_config", lambda *_, **__: DATASET)
+        with serving(folder) as client:
+            assert began.wait(20)
+            assert client.get("/info").json()["calibrated"] is False
+            assert client.post("/search", json=QUESTION).status_code == 200
+        assert ended.is_set()
+        assert not (folder / STORED).exists()
 
     def test_a_file_that_is_no_part_of_the_retriever_makes_no_new_version(self, folder: Path) -> None:
         from caravan.app.shelf import stamp

@@ -31,7 +31,7 @@ def decoder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def any_confidence_will_do(monkeypatch) -> None:
-    monkeypatch.setattr("caravan.app.asking.calibrated", lambda *_: Calibration(threshold=0.0))
+    monkeypatch.setattr("caravan.app.asking.calibrated", lambda *_, **__: Calibration(threshold=0.0))
 
 
 def test_the_model_that_encodes_writes_too_from_one_copy_of_its_weights(tmp_path, decoder, monkeypatch):

@@ -317,7 +317,8 @@ def test_the_description_has_every_route_and_examples_that_are_answered(folder: 
             ("post", "/search"), ("get", "/documents"), ("post", "/documents"), ("delete", "/documents"),
             ("post", "/reload"), ("post", "/embed"), ("post", "/rerank"), ("get", "/info"), ("get", "/health"),
             ("get", "/health/ready"), ("get", "/health/live"), ("get", "/metrics"), ("post", "/ask"),
-            ("get", "/training"), ("get", "/training/events"),
+            ("get", "/training"), ("get", "/training/events"), ("get", "/marks"), ("post", "/marks"),
+            ("delete", "/marks"),
         }  # fmt: skip
         bodies_of = {"/search": "Search", "/documents": "Documents", "/embed": "Embed", "/rerank": "Rerank"}
         bodies_of["/ask"] = "Ask"

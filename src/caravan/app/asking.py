@@ -60,6 +60,7 @@ class Asking:
         self._made: tuple[Served, Answering] | None = None
         self._making = threading.Lock()
         self._stops: set[threading.Event] = set()
+        self._closing = threading.Event()
         at_once = self._limits.max_asking if self._writing.endpoint is not None else 1
         self._threads = ThreadPoolExecutor(at_once, thread_name_prefix="answers", initializer=_stand_back)
 
@@ -74,6 +75,7 @@ class Asking:
 
     async def close(self) -> None:
         """End what is being written."""
+        self._closing.set()
         for stop in self._stops:
             stop.set()
         await asyncio.to_thread(self._threads.shutdown)
@@ -127,7 +129,7 @@ class Asking:
                             break
                         tell(part)
             if stop.is_set():  # by the service, if anybody still listens
-                tell(unavailable("the service is shutting down; ask another one"))
+                tell(_closing())
         except Exception as error:
             tell(error)
 
@@ -144,15 +146,23 @@ class Asking:
             if self._made is not None and _training(self._made[0].retriever) == _training(retriever):
                 calibration = self._made[1].weigher.calibration  # other documents, scored by the same training
             else:
-                calibration = calibrated(self._shelf.folder, retriever)
+                calibration = calibrated(self._shelf.folder, retriever, going=self._going)
             self._made = served, Answering(retriever, self.generator, calibration=calibration)
             return self._made[1]
+
+    def _going(self) -> None:
+        if self._closing.is_set():
+            raise _closing()
 
     def _prepare(self) -> None:
         try:
             self._answering()
         except CaravanError as error:
             log.error("cannot answer questions", extra={"fields": {"error": str(error)}})
+
+
+def _closing() -> RefusedError:
+    return unavailable("the service is shutting down; ask another one")
 
 
 def _training(retriever: Retriever) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import random
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -95,8 +95,15 @@ class Weigher:
         ]
         return Evidence(tuple(sources[: int(counts[0])]), min(1.0, float(confidence[0])))
 
-    def calibrate(self, examples: Sequence[Example], *, seed: int = 0) -> Calibration:
+    def calibrate(
+        self, examples: Sequence[Example], *, seed: int = 0, going: Callable[[], None] = lambda: None
+    ) -> Calibration:
         """Choose the calibration on validation queries, at most 500 of them, and use it from now on.
+
+        Args:
+            examples: validation queries.
+            seed: which of them, where there are more.
+            going: called again and again; what it raises ends the work.
 
         Raises:
             DataError: too few of the queries are answered by documents of the catalogue.
@@ -106,10 +113,10 @@ class Weigher:
         if not usable:
             raise DataError("no validation query has its document in this catalogue; give others to calibrate on")
         chosen = usable if len(usable) <= _MOST_QUERIES else random.Random(seed).sample(usable, _MOST_QUERIES)
-        vectors = self.retriever.encoder.encode([example.text for example in chosen])
+        vectors = self.retriever.encoder.encode([example.text for example in chosen], progress=lambda _: going())
         candidates = self._candidates(vectors)
         scores = torch.tensor([[score for _, score in hits] for hits in candidates])
-        self._encode_all({row for hits in candidates for row, _ in hits})
+        self._encode_all({row for hits in candidates for row, _ in hits}, going)
         rows = [[row for row, _ in hits] for hits in candidates]
         documents = [[self.retriever.catalogue.document(row) for row in part] for part in rows]
         cosines = torch.tensor(
@@ -145,10 +152,11 @@ class Weigher:
         parts = self._vectors([document])[0]
         return functional.cosine_similarity(parts, vector.unsqueeze(0), dim=1).cpu()
 
-    def _encode_all(self, rows: set[int]) -> None:
+    def _encode_all(self, rows: set[int], going: Callable[[], None]) -> None:
         documents = [self.retriever.catalogue.document(row) for row in sorted(rows)]
         for start in range(0, len(documents), 32):  # sentences of several documents fill a batch better than of one
             self._vectors(documents[start : start + 32])
+            going()
 
     def _vectors(self, documents: Sequence[Document]) -> list[Tensor]:
         """Vectors of the documents' sentences and titles, encoded once as long as they are asked about."""
@@ -168,7 +176,7 @@ class Weigher:
         return [vectors for key in map(_key, documents) if (vectors := found[key]) is not None]
 
 
-def calibrated(folder: str | Path, retriever: Retriever) -> Calibration:
+def calibrated(folder: str | Path, retriever: Retriever, *, going: Callable[[], None] = lambda: None) -> Calibration:
     """Give the calibration of a saved retriever: as kept in its folder, else chosen now on its validation queries.
 
     What is chosen is kept in `answering.json`, where the folder can be written, and holds for these tensors and
@@ -178,6 +186,7 @@ def calibrated(folder: str | Path, retriever: Retriever) -> Calibration:
     Args:
         folder: where the retriever was loaded from.
         retriever: as loaded.
+        going: called again and again while it is chosen; a `CaravanError` of it means the default, and nothing is kept.
     """
     fingerprint = fingerprint_of(retriever)
     with suppress(OSError, ValueError, TypeError, KeyError, ValidationError):
@@ -189,7 +198,7 @@ def calibrated(folder: str | Path, retriever: Retriever) -> Calibration:
         if config.privacy.mode != "none" and not config.privacy.public_validation:
             return Calibration()
         validation = Dataset.from_config(config.data, seed=config.seed).validation
-        calibration = Weigher(retriever).calibrate(validation, seed=config.seed)
+        calibration = Weigher(retriever).calibrate(validation, seed=config.seed, going=going)
     except CaravanError:  # no data, other data, or too little of it: asking must still be possible
         return Calibration()
     values = {"fingerprint": fingerprint, "calibration": asdict(calibration)}
