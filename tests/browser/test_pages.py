@@ -32,10 +32,13 @@ class TestSearch:
     def test_documents_come_while_one_types_and_the_last_word_counts(self, chromium, at_helpdesk: str) -> None:
         with visiting(chromium, at_helpdesk) as person:
             page = person.goes_to("search")
+            (result,) = page.request.post(f"{at_helpdesk}/search", data={"query": BIRD}).json()["results"]
+            wanted = [hit["doc_id"] for hit in result["hits"]]
             person.types("#search-box", BIRD, delay=60)
-            person.sees(".result", 10)
+            page.wait_for_url(lambda url: url.endswith("#/search?q=my+bird+went+dark+mid+ride"))
+            for rank, doc_id in enumerate(wanted):
+                page.locator(f'.result:nth-child({rank + 1})[data-document="{doc_id}"]').wait_for()
             assert re.fullmatch(r"10 documents of 107, in \d+ ms", person.part("search", "status").inner_text())
-            assert page.url.endswith("#/search?q=my+bird+went+dark+mid+ride")
             page.reload()
             assert page.locator("#search-box").input_value() == BIRD
             page.locator(".result").first.wait_for()
