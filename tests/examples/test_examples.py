@@ -113,6 +113,14 @@ def test_haystack_survives_yaml_and_finds(run: Run, trained: str):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["with_langchain.py", "with_llama_index.py", "with_haystack.py", "with_mcp.py"])
+def test_an_example_trains_where_there_is_no_folder(run: Run, name: str):
+    lines = run(name, f"trained-by-{name}")
+    assert hits(lines) == expected(f"trained-by-{name}")
+    assert "gull-display-stays-black" in hits(lines)[0]
+
+
+@pytest.mark.slow
 def test_mteb_measures_both(run: Run, trained: str):
     frozen, ours = (line for line in run("with_mteb.py", trained) if line.startswith("caravan/"))
     assert frozen.startswith("caravan/frozen: nDCG@10 0.67")  # README: MIPS 67.4
