@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import asdict, replace
+from html import escape
 
 import pytest
 
@@ -36,7 +37,7 @@ def test_a_chart_is_drawn_as_png_and_svg_with_all_its_words(chart, tmp_path):
     text = (tmp_path / f"{chart.name}.svg").read_text(encoding="utf-8")
     names = [*(series.name for series in chart.series), *(mark.name for mark in chart.paper)]
     for words in (chart.title, chart.x_label, chart.y_label, *names):
-        assert f"<!-- {words} -->" in text  # letters are shapes in an SVG, the words a comment
+        assert f">{escape(words)}</text>" in text  # to be read aloud, and searched
 
 
 def test_the_same_chart_gives_the_same_file(tmp_path):
