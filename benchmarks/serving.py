@@ -254,6 +254,7 @@ async def _soak(port: int, queries: list[str], pid: int, rate: float, seconds: f
         "failures": failures,
         "memory_mib": statistics.mean(warm[-5:]) if warm else float("nan"),
         "memory_growth_percent": growth,
+        "memory_mib_over_time": [round(value, 1) for value in memory],
     } | _quantiles(latencies)
 
 

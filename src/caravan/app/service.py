@@ -45,7 +45,7 @@ from caravan.app.routing import ERRORS, WRITE_ERRORS, Here, Service, as_json, ne
 from caravan.app.serving import Asked, Found, Served
 from caravan.app.shelf import Change, Shelf, checked_documents
 from caravan.data.catalogue import Catalogue
-from caravan.data.records import Document
+from caravan.data.records import Document, Hit
 from caravan.errors import CaravanError
 from caravan.model.encoder import check_texts
 
@@ -78,7 +78,7 @@ async def search(body: SearchBody, request: Request, service: Here) -> Response:
     worded = await _by_words(found.served, queries, body, limits.timeout) if body.bm25 else ()
     results: list[dict[str, Any]] = []
     for number, hits in enumerate(found.hits):
-        rows = [asdict(hit) for hit in hits]
+        rows = [{name: getattr(hit, name) for name in Hit.__slots__} for hit in hits]  # asdict would copy the texts
         for row in rows:
             if body.texts:
                 row["metadata"] = dict(catalogue.document(catalogue.row(row["doc_id"])).metadata)

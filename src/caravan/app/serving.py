@@ -144,7 +144,7 @@ class Served:
             left = rows if left is None else left & rows
         return torch.tensor(sorted(left or ()), dtype=torch.int64, device=self.retriever.encoder.device)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def answer(self, batch: Sequence[Asked]) -> list[Found]:
         """Answer pieces of a batch, encoding all their texts together.
 
