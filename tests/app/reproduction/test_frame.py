@@ -13,6 +13,7 @@ from caravan.app.reproduction.parts import first_classes, part_of, some
 from caravan.app.reproduction.runner import EXPERIMENTS, Request, named, prepare
 from caravan.config import BackboneConfig
 from caravan.errors import ConfigError, StorageError
+from caravan.training.progress import Progress
 from toy_experiments import DATASET
 
 
@@ -190,6 +191,16 @@ def test_a_draw_keeps_the_order_and_follows_the_seed():
     assert some(DATASET.train, 10, 1) == drawn
     assert some(DATASET.train, 10, 2) != drawn
     assert some(DATASET.train, 1000, 1) is DATASET.train
+
+
+def test_a_sweep_says_what_it_is_about_and_does_not_warn_of_its_own_rates(tmp_path):
+    told = []
+    bench = make_bench(tmp_path, report=told.append)
+    bench.telling("rate 10")(Progress("training the head", 1, 2, warning="the rate is too high"))
+    assert [(progress.task, progress.done, progress.warning) for progress in told] == [
+        (f"{bench.name}, rate 10: training the head", 1, None)
+    ]
+    assert make_bench(tmp_path, report=None).telling("rate 10") is None
 
 
 def test_counts_say_how_much_of_what_was_used():

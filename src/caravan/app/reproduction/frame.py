@@ -6,7 +6,7 @@ import platform
 import time
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
 from importlib.resources import files
@@ -206,8 +206,12 @@ class Bench:
         return FeatureStore(default_cache())
 
     def telling(self, what: str) -> Report | None:
-        """A report for a piece of the work, which says that it is of this experiment and what it is about."""
-        return prefixed(self.report, f"{self.name}, {what}: ")
+        """A report for a piece of the work, which says that it is of this experiment and what it is about.
+
+        Warnings are not passed on: a sweep means its rates, also those that are too high.
+        """
+        report = prefixed(self.report, f"{self.name}, {what}: ")
+        return report and (lambda progress: report(replace(progress, warning=None)))
 
 
 def counts(dataset: Dataset) -> str:
