@@ -4,8 +4,8 @@ import argparse
 import json
 
 from caravan import Dataset, load
-from caravan.app.answering import Answering
-from caravan.app.evidence import calibrated
+from caravan.app.answers.answering import Answering
+from caravan.app.answers.evidence import calibrated
 from caravan.app.experiment import recorded_settings
 
 

@@ -22,10 +22,10 @@ from typing import Any
 
 from caravan.app.comparison import evaluate
 from caravan.app.experiment import run_experiment
+from caravan.app.feedback.lessons import classroom, lessons
+from caravan.app.feedback.marks import Mark, Marks, now
+from caravan.app.feedback.retraining import improve
 from caravan.app.learning import Experiment
-from caravan.app.lessons import classroom, lessons
-from caravan.app.marks import Mark, Marks, now
-from caravan.app.retraining import improve
 from caravan.config import Config, config_from_dict
 from caravan.data.dataset import Dataset
 from caravan.data.records import Example

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from caravan.app import coordinator, node
-from caravan.app.deployment import Deployment, init_deployment
 from caravan.app.learning import Experiment
-from caravan.app.operation import client_command
+from caravan.app.nodes import coordinator, node
+from caravan.app.nodes.deployment import Deployment, init_deployment
+from caravan.app.nodes.operation import client_command
 from caravan.config import Config, read_toml
 from caravan.data.dataset import Dataset
 from caravan.model.retriever import Retriever

@@ -15,7 +15,7 @@ from typing import Any
 
 import tomli_w
 
-from caravan.app.deployment import init_deployment
+from caravan.app.nodes.deployment import init_deployment
 from caravan.config import Config
 from command_line import PROGRAM
 from toy_experiments import Place

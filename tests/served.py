@@ -11,12 +11,12 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from caravan.app import bodies
-from caravan.app.access import Keys, read_keys
-from caravan.app.limits import Limits, Terms
-from caravan.app.metrics import Metrics
-from caravan.app.service import make_app
-from caravan.app.shelf import Shelf
+from caravan.app.web import bodies
+from caravan.app.web.access import Keys, read_keys
+from caravan.app.web.limits import Limits, Terms
+from caravan.app.web.metrics import Metrics
+from caravan.app.web.service import make_app
+from caravan.app.web.shelf import Shelf
 
 READ, WRITE = "read-key-of-16-characters", "write-key-of-16-characters"
 READER, WRITER = {"Authorization": f"Bearer {READ}"}, {"Authorization": f"Bearer {WRITE}"}
@@ -49,7 +49,7 @@ def serving(folder: Path, **options: Any) -> Iterator[TestClient]:
 @contextmanager
 def listening(app: FastAPI) -> Iterator[str]:
     """The application behind a real socket, in a thread; gives its address and ends it as SIGTERM would."""
-    from caravan.app.hosting import Server, _config
+    from caravan.app.web.hosting import Server, _config
 
     server = Server(_config(app))
     with socket.create_server(("127.0.0.1", 0)) as listener:

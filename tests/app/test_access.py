@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from caravan.app.access import Keys, read_keys
-from caravan.app.limits import RefusedError
+from caravan.app.web.access import Keys, read_keys
+from caravan.app.web.limits import RefusedError
 from caravan.errors import ConfigError
 
 LONG, OTHER = "a" * 16, "b" * 16

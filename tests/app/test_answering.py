@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from caravan.app.answering import Answer, Answering, Piece
-from caravan.app.evidence import STORED, Weigher, calibrated
-from caravan.app.generators import Extractive, HuggingFace
+from caravan.app.answers.answering import Answer, Answering, Piece
+from caravan.app.answers.evidence import STORED, Weigher, calibrated
+from caravan.app.answers.generators import Extractive, HuggingFace
 from caravan.config import AdapterConfig, BackboneConfig
 from caravan.data.records import Document
 from caravan.errors import AnswerError, BackboneError, DataError
@@ -157,7 +157,7 @@ def test_a_prompt_without_room_is_one_line(decoder, retriever):
 
 
 def test_special_tokens_in_documents_and_questions_stay_text(decoder):
-    from caravan.app.prompt import compose
+    from caravan.app.answers.prompt import compose
 
     generator = HuggingFace(decoder)
     special = set(generator._tokenizer.all_special_ids)

@@ -14,11 +14,11 @@ from threading import Thread
 import httpx2
 import pytest
 
-from caravan.app import bodies
-from caravan.app.answering import Answering
-from caravan.app.evidence import STORED, Weigher
-from caravan.app.generators import Piece
-from caravan.app.writing import Writing
+from caravan.app.answers.answering import Answering
+from caravan.app.answers.evidence import STORED, Weigher
+from caravan.app.answers.generators import Piece
+from caravan.app.answers.writing import Writing
+from caravan.app.web import bodies
 from caravan.config import HeadConfig
 from caravan.errors import AnswerError, BackboneError, GeneratorError
 from caravan.model.backbone import Backbone
@@ -62,7 +62,7 @@ def writing(monkeypatch):
     def put(*script) -> Scripted:
         generator = Scripted(*script)
         monkeypatch.setattr(Writing, "make", lambda self, backbone: generator)
-        monkeypatch.setattr("caravan.app.asking.calibrated", lambda *_, **__: Calibration(threshold=0.0))
+        monkeypatch.setattr("caravan.app.web.asking.calibrated", lambda *_, **__: Calibration(threshold=0.0))
         return generator
 
     return put
@@ -101,7 +101,7 @@ class TestAnswer:
 
     def test_below_the_threshold_nothing_is_known_and_nobody_writes(self, master: Path, monkeypatch) -> None:
         never = Calibration(threshold=1.0)
-        monkeypatch.setattr("caravan.app.asking.calibrated", lambda *_, **__: never)
+        monkeypatch.setattr("caravan.app.web.asking.calibrated", lambda *_, **__: never)
         with serving(master) as client:
             answer = client.post("/ask", json=QUESTION).json()
             assert [name for name, _ in streamed(client, QUESTION)] == ["answer"]
@@ -134,7 +134,7 @@ class TestCalibration:
             chosen.append(len(retriever.catalogue))
             return Calibration(threshold=0.0, queries=7)
 
-        monkeypatch.setattr("caravan.app.asking.calibrated", calibrated)
+        monkeypatch.setattr("caravan.app.web.asking.calibrated", calibrated)
         with serving(folder) as client:
             client.post("/ask", json=QUESTION)
             assert client.get("/info").json()["calibrated"] is True
@@ -162,7 +162,7 @@ class TestCalibration:
                 ended.set()
 
         monkeypatch.setattr(Weigher, "_encode_all", encode_all)
-        monkeypatch.setattr("caravan.app.evidence.Dataset.from_config", lambda *_, **__: DATASET)
+        monkeypatch.setattr("caravan.app.answers.evidence.Dataset.from_config", lambda *_, **__: DATASET)
         with serving(folder) as client:
             assert began.wait(20)
             assert client.get("/info").json()["calibrated"] is False
@@ -171,7 +171,7 @@ class TestCalibration:
         assert not (folder / STORED).exists()
 
     def test_a_file_that_is_no_part_of_the_retriever_makes_no_new_version(self, folder: Path) -> None:
-        from caravan.app.shelf import stamp
+        from caravan.app.web.shelf import stamp
 
         before = stamp(folder)
         (folder / STORED).write_text("{}")

@@ -8,9 +8,9 @@ import pytest
 from starlette.testclient import TestClient
 
 import fake_endpoint
-from caravan.app.asking import Asking
-from caravan.app.generators import Piece
-from caravan.app.writing import Writing
+from caravan.app.answers.generators import Piece
+from caravan.app.answers.writing import Writing
+from caravan.app.web.asking import Asking
 from caravan.config import BackboneConfig
 from caravan.model.backbone import load_backbone
 from caravan.storage import save
@@ -31,7 +31,7 @@ def decoder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def any_confidence_will_do(monkeypatch) -> None:
-    monkeypatch.setattr("caravan.app.asking.calibrated", lambda *_, **__: Calibration(threshold=0.0))
+    monkeypatch.setattr("caravan.app.web.asking.calibrated", lambda *_, **__: Calibration(threshold=0.0))
 
 
 def test_the_model_that_encodes_writes_too_from_one_copy_of_its_weights(tmp_path, decoder, monkeypatch):

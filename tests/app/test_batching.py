@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from caravan.app.batching import Batcher
-from caravan.app.limits import Limits, RefusedError
+from caravan.app.web.batching import Batcher
+from caravan.app.web.limits import Limits, RefusedError
 
 
 @dataclass(frozen=True)

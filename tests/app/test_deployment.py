@@ -8,7 +8,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from caravan.app.deployment import Deployment, init_deployment
+from caravan.app.nodes.deployment import Deployment, init_deployment
 from caravan.config import Config, DeploymentConfig, FederationConfig, HeadConfig, config_from_dict
 from caravan.data.catalogue import Catalogue
 from caravan.errors import CaravanError, ConfigError, DataError, StorageError
@@ -132,7 +132,10 @@ def test_the_flower_app_has_no_code_and_names_modules_that_are_installed(tmp_pat
     made = init_deployment(tmp_path / "fed", documents, ["oslo"])
     assert list(listing(made.app)) == ["pyproject.toml"]
     app = tomllib.loads((made.app / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["flwr"]["app"]
-    assert app["components"] == {"serverapp": "caravan.app.coordinator:app", "clientapp": "caravan.app.node:app"}
+    assert app["components"] == {
+        "serverapp": "caravan.app.nodes.coordinator:app",
+        "clientapp": "caravan.app.nodes.node:app",
+    }
 
 
 def test_without_encryption_there_are_no_keys(tmp_path, documents):

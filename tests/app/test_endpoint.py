@@ -2,9 +2,9 @@
 
 import pytest
 
-from caravan.app.endpoint import KEY, Endpoint
-from caravan.app.evidence import Source
-from caravan.app.generators import Piece
+from caravan.app.answers.endpoint import KEY, Endpoint
+from caravan.app.answers.evidence import Source
+from caravan.app.answers.generators import Piece
 from caravan.data.records import Document
 from caravan.errors import AnswerError
 from command_line import check_refused, run

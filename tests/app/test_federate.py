@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from caravan.app import operation
+from caravan.app.nodes import operation
 from caravan.errors import FederationError
 from command_line import check_refused, listing, run, write_table
 

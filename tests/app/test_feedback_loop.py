@@ -11,8 +11,8 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from caravan.app.marks import Marks
-from caravan.app.versions import Versions
+from caravan.app.feedback.marks import Marks
+from caravan.app.feedback.versions import Versions
 from caravan.storage import load
 from command_line import Workshop, run, run_program, start_program
 from served import serving

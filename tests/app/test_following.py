@@ -12,10 +12,10 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from caravan.app import bodies
 from caravan.app.experiment import checkpoint_folder, run_experiment
-from caravan.app.following import Following
 from caravan.app.traces import LINES, STAGES, Traces
+from caravan.app.web import bodies
+from caravan.app.web.following import Following
 from caravan.config import PrivacyConfig
 from caravan.files import is_held
 from caravan.training.progress import Progress
@@ -303,7 +303,7 @@ class TestRoutes:
 
     def test_a_silent_stream_beats_and_those_that_end_make_room(self, master: Path, monkeypatch) -> None:
         monkeypatch.setattr("fastapi.routing._PING_INTERVAL", 0.05)
-        monkeypatch.setattr("caravan.app.following._MOST_FOLLOWERS", 1)
+        monkeypatch.setattr("caravan.app.web.following._MOST_FOLLOWERS", 1)
         app = make(master)
         with listening(app) as address, httpx2.Client(base_url=address, timeout=20) as client:
             with client.stream("GET", "/training/events") as response:

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from caravan.app.experiment import checkpoint_folder
-from caravan.app.lessons import is_held_back
-from caravan.app.marks import RIGHT, Mark, Marks, now
-from caravan.app.retraining import improve
-from caravan.app.verdict import Tally, Verdict
-from caravan.app.versions import Versions, onto
+from caravan.app.feedback.lessons import is_held_back
+from caravan.app.feedback.marks import RIGHT, Mark, Marks, now
+from caravan.app.feedback.retraining import improve
+from caravan.app.feedback.verdict import Tally, Verdict
+from caravan.app.feedback.versions import Versions, onto
 from caravan.data.catalogue import Catalogue
 from caravan.data.records import Document
 from caravan.storage import RECORD, load, save
@@ -98,7 +98,7 @@ def test_a_dry_run_compares_and_changes_nothing(model: Path) -> None:
 def test_a_worse_one_is_not_put_in_place_unless_forced(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _mark(model)
     worse = Verdict((Tally("validation queries", 4, 3, 1, 0, 2),), {})
-    monkeypatch.setattr("caravan.app.retraining.judge", lambda *_, **__: worse)
+    monkeypatch.setattr("caravan.app.feedback.retraining.judge", lambda *_, **__: worse)
     before = listing(model)
     outcome = run("improve", model)
     assert outcome.code == 1

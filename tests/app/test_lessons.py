@@ -5,8 +5,8 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from caravan.app.lessons import HELD_BACK, Question, classroom, is_held_back, lessons
-from caravan.app.marks import Mark
+from caravan.app.feedback.lessons import HELD_BACK, Question, classroom, is_held_back, lessons
+from caravan.app.feedback.marks import Mark
 from caravan.data.catalogue import Catalogue
 from caravan.data.records import Document, Example
 from toy_experiments import DATASET

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from caravan.app import bodies
-from caravan.app.marks import RIGHT, Marks, weights_name
+from caravan.app.feedback.marks import RIGHT, Marks, weights_name
+from caravan.app.web import bodies
 from caravan.storage import load
 from served import BELL, HERE, KEYS, READER, WRITER, refusal, serving
 
@@ -97,7 +97,7 @@ def test_a_disk_that_takes_nothing_is_a_503_that_says_so(folder: Path, monkeypat
         client.post("/marks", json=RIGHT_MARK)
         before = (Marks(folder).folder / RIGHT).read_bytes()
         with monkeypatch.context() as patch:
-            patch.setattr("caravan.app.marks.os.pwrite", full)
+            patch.setattr("caravan.app.feedback.marks.os.pwrite", full)
             response = client.post("/marks", json={**RIGHT_MARK, "query": "refund"})
             assert "No space left" in refusal(response, 503)
             assert int(response.headers["retry-after"]) > 0

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from caravan.app.marks import RIGHT, WRONG, Mark, Marks, feedback_folder, now, weights_name
+from caravan.app.feedback.marks import RIGHT, WRONG, Mark, Marks, feedback_folder, now, weights_name
 from caravan.data.dataset import Dataset
 from caravan.errors import DataError, StorageError
 from caravan.storage import load, save

@@ -15,7 +15,7 @@ import pytest
 from mcp import Client, MCPError, StdioServerParameters
 
 import caravan.app
-from caravan.app.answering import Answering
+from caravan.app.answers.answering import Answering
 from caravan.app.toolbox import make_server
 from caravan.data.records import Document
 from caravan.model.retriever import Retriever

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from caravan.app import coordinator
-from caravan.app.deployment import Deployment
-from caravan.app.following import Following
 from caravan.app.learning import Experiment
+from caravan.app.nodes import coordinator
+from caravan.app.nodes.deployment import Deployment
+from caravan.app.web.following import Following
 from caravan.errors import FederationError
 from caravan.model.encoder import Encoder
 from caravan.storage import load

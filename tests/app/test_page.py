@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-import caravan.app
+import caravan.app.web
 from served import KEYS, refusal, serving
 
-FOLDER = Path(caravan.app.__file__).with_name("page")
+FOLDER = Path(caravan.app.web.__file__).with_name("page")
 FILES = sorted(FOLDER.iterdir())
 SCRIPTS = [path for path in FILES if path.suffix == ".js"]
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
@@ -42,7 +42,7 @@ def test_what_the_service_answers_is_not_hidden_by_the_page(master: Path) -> Non
 
 
 def test_without_the_files_there_is_no_page(master: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("caravan.app.service._PAGE", tmp_path / "page")
+    monkeypatch.setattr("caravan.app.web.service._PAGE", tmp_path / "page")
     with serving(master) as client:
         refusal(client.get("/"), 404)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tomli_w
 
-from caravan.app.deployment import Deployment
+from caravan.app.nodes.deployment import Deployment
 from caravan.config import read_toml
 from caravan.storage import load
 from caravan.training.ledger import read_ledger

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from caravan.app.prompt import SYSTEM, citations_of, compose, inert, plain
+from caravan.app.answers.prompt import SYSTEM, citations_of, compose, inert, plain
 from caravan.data.records import Document
 from caravan.errors import AnswerError
 

@@ -10,7 +10,7 @@ import torch
 from pydantic import TypeAdapter
 from starlette.testclient import TestClient
 
-from caravan.app import bodies
+from caravan.app.web import bodies
 from caravan.errors import StorageError
 from caravan.model.backbone import Backbone
 from caravan.model.encoder import Encoder
@@ -219,7 +219,7 @@ class TestKeys:
 
     def test_without_a_write_key_documents_change_from_loopback_alone_and_only_if_asked(self, folder: Path) -> None:
         body = {"documents": [BELL]}
-        from caravan.app.access import Keys
+        from caravan.app.web.access import Keys
 
         with serving(folder, keys=Keys()) as client:
             assert "write key" in refusal(client.post("/documents", json=body), 403)
@@ -248,7 +248,7 @@ class TestLog:
     SECRET = "xyzzy-nobody-may-read-this"
 
     def lines(self, caplog) -> list[dict]:
-        from caravan.app.gate import JsonLines
+        from caravan.app.web.gate import JsonLines
 
         return [json.loads(JsonLines().format(record)) for record in caplog.records if record.name == "caravan.service"]
 
@@ -284,7 +284,7 @@ class TestLog:
         def fail(self, batch):
             raise KeyError(batch[0].texts[0])
 
-        monkeypatch.setattr("caravan.app.serving.Served.answer", fail)
+        monkeypatch.setattr("caravan.app.web.serving.Served.answer", fail)
         with serving(master) as client:
             refusal(client.post("/search", json={"query": self.SECRET}), 500)
         (line,) = self.lines(caplog)

@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
-from caravan.app.serving import Served
+from caravan.app.web.serving import Served
 from caravan.model.backbone import Backbone
 from caravan.storage import load, save
 from saved_retrievers import DOCUMENTS, make_retriever

@@ -7,7 +7,7 @@ import pytest
 import torch
 from starlette.testclient import TestClient
 
-from caravan.app import bodies
+from caravan.app.web import bodies
 from caravan.config import BackboneConfig
 from caravan.model.backbone import Backbone, load_backbone
 from caravan.storage import load, save

@@ -5,8 +5,8 @@ import scipy.stats  # an independent sign test
 from hypothesis import given
 from hypothesis import strategies as st
 
-from caravan.app.lessons import Question
-from caravan.app.verdict import Tally, Verdict, judge
+from caravan.app.feedback.lessons import Question
+from caravan.app.feedback.verdict import Tally, Verdict, judge
 from caravan.data.records import Example
 from caravan.training.features import FeatureStore
 from saved_retrievers import make_retriever

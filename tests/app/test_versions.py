@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from caravan.app.versions import Versions, onto
+from caravan.app.feedback.versions import Versions, onto
 from caravan.data.catalogue import Catalogue
 from caravan.data.records import Document
 from caravan.errors import DataError, StorageError
@@ -176,7 +176,7 @@ _KILLED = textwrap.dedent("""
     from pathlib import Path
     sys.path[:0] = [{tests!r}]
     import caravan.files
-    from caravan.app.versions import Versions
+    from caravan.app.feedback.versions import Versions
     from caravan.storage import load
     from saved_retrievers import make_retriever
 

@@ -11,8 +11,8 @@ import pytest
 from llama_index.core.llms import MockLLM
 
 from caravan import Dataset, config_from_dict, evaluate, load, save, train
-from caravan.app.answering import Answering
-from caravan.app.evidence import calibrated
+from caravan.app.answers.answering import Answering
+from caravan.app.answers.evidence import calibrated
 from tiny_models import make_tiny_bert
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -12,8 +12,8 @@ import pytest
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from caravan.app.deployment import Deployment
-from caravan.app.operation import status
+from caravan.app.nodes.deployment import Deployment
+from caravan.app.nodes.operation import status
 from loopback_network import write_queries
 from real_federation import RealFederation, make_folder, real_federation, wait_until
 from toy_experiments import DATASET, Place, make_place

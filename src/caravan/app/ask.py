@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from caravan.app.answers.writing import ContextTokens, EndpointModel, EndpointUrl, GeneratorName, Writing
 from caravan.app.command import Json, print_json
-from caravan.app.writing import ContextTokens, EndpointModel, EndpointUrl, GeneratorName, Writing
 
 if TYPE_CHECKING:
-    from caravan.app.answering import Answer
+    from caravan.app.answers.answering import Answer
 
 
 def ask(
@@ -35,8 +35,8 @@ def ask(
     writing = Writing.of_options(generator, endpoint, endpoint_model, context_tokens)
     from dataclasses import replace
 
-    from caravan.app.answering import Answer, Answering
-    from caravan.app.evidence import calibrated
+    from caravan.app.answers.answering import Answer, Answering
+    from caravan.app.answers.evidence import calibrated
     from caravan.storage import load
 
     retriever = load(model, device=device)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from caravan.app.operation import Command
+    from caravan.app.nodes.operation import Command
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -71,7 +71,7 @@ def init(
         "deployment.insecure": insecure or None,
     }
     settings = build_config(config, setting, options)
-    from caravan.app.deployment import init_deployment
+    from caravan.app.nodes.deployment import init_deployment
 
     made = init_deployment(folder, documents, names, settings)
     if as_json:
@@ -91,8 +91,8 @@ def server(folder: Folder, print_commands: PrintCommands = False) -> None:
 
     caravan federate server shop
     """
-    from caravan.app.deployment import Deployment
-    from caravan.app.operation import exposed, serve, server_commands
+    from caravan.app.nodes.deployment import Deployment
+    from caravan.app.nodes.operation import exposed, serve, server_commands
 
     deployment = Deployment.read(folder)
     if print_commands:
@@ -127,8 +127,8 @@ def client(
     caravan federate client shop --name oslo --data queries.csv
     caravan federate client shop --data queries.csv --weight 1
     """
-    from caravan.app.deployment import Deployment
-    from caravan.app.operation import client_command, running, wait_for_server
+    from caravan.app.nodes.deployment import Deployment
+    from caravan.app.nodes.operation import client_command, running, wait_for_server
 
     deployment = Deployment.read(folder)
     node = name or deployment.only_node()
@@ -162,8 +162,8 @@ def submit(
     caravan federate submit shop --out retriever
     caravan federate submit shop --out retriever --resume
     """
-    from caravan.app import operation
-    from caravan.app.deployment import Deployment
+    from caravan.app.nodes import operation
+    from caravan.app.nodes.deployment import Deployment
 
     deployment = Deployment.read(folder)
     place = out or deployment.folder / "model"
@@ -186,8 +186,8 @@ def status(folder: Folder, as_json: Json = False, print_commands: PrintCommands 
 
     caravan federate status shop --json
     """
-    from caravan.app import operation
-    from caravan.app.deployment import Deployment
+    from caravan.app.nodes import operation
+    from caravan.app.nodes.deployment import Deployment
 
     deployment = Deployment.read(folder)
     if print_commands:

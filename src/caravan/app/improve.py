@@ -9,8 +9,8 @@ from caravan.app.command import Json, Set, print_json, work
 from caravan.app.options import parse_settings
 
 if TYPE_CHECKING:
-    from caravan.app.retraining import Improvement
-    from caravan.app.versions import Version
+    from caravan.app.feedback.retraining import Improvement
+    from caravan.app.feedback.versions import Version
 
 Model = Annotated[str, typer.Argument(metavar="DIR", help="A folder that `caravan train` wrote.")]
 Keep = Annotated[int, typer.Option(min=1, help="Versions to keep beside the current one.")]
@@ -35,7 +35,7 @@ def improve(
     caravan improve my-retriever --dry-run
     """
     from caravan.app.experiment import checkpoint_folder
-    from caravan.app.retraining import improve as make_better
+    from caravan.app.feedback.retraining import improve as make_better
 
     changes = parse_settings(setting)
     with work(as_json, checkpoint=checkpoint_folder(model)) as bars:
@@ -53,7 +53,7 @@ def versions(model: Model, as_json: Json = False) -> None:
 
     caravan versions my-retriever
     """
-    from caravan.app.versions import Versions
+    from caravan.app.feedback.versions import Versions
 
     found = Versions(model).listed()
     if as_json:
@@ -78,7 +78,7 @@ def rollback(
     caravan rollback my-retriever
     caravan rollback my-retriever --to 3
     """
-    from caravan.app.versions import Versions
+    from caravan.app.feedback.versions import Versions
 
     number = Versions(model).back(to, keep=keep)
     if as_json:

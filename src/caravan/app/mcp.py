@@ -4,8 +4,8 @@ from typing import Annotated
 
 import typer
 
+from caravan.app.answers.writing import ContextTokens, EndpointModel, EndpointUrl, GeneratorName, Writing
 from caravan.app.command import Json, print_json
-from caravan.app.writing import ContextTokens, EndpointModel, EndpointUrl, GeneratorName, Writing
 
 
 def mcp(
@@ -45,8 +45,8 @@ def mcp(
         if (error.name or "").partition(".")[0] != "mcp":
             raise
         raise IntegrationError("caravan mcp needs mcp; install it: pip install 'caravan[mcp]'") from None
-    from caravan.app.answering import Answering
-    from caravan.app.evidence import calibrated
+    from caravan.app.answers.answering import Answering
+    from caravan.app.answers.evidence import calibrated
     from caravan.storage import load
 
     retriever = load(model, device=device)

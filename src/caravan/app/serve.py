@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from caravan.app.writing import ContextTokens, EndpointModel, EndpointUrl, GeneratorName, Writing
+from caravan.app.answers.writing import ContextTokens, EndpointModel, EndpointUrl, GeneratorName, Writing
 
 
 def serve(
@@ -67,7 +67,7 @@ def serve(
     caravan serve my-retriever --generator Qwen/Qwen3-0.6B
     caravan serve my-retriever --training next-retriever
     """
-    from caravan.app.limits import Terms, limits_from
+    from caravan.app.web.limits import Terms, limits_from
     from caravan.errors import ConfigError
 
     limits = limits_from(
@@ -97,7 +97,7 @@ def serve(
     if workers > 1 and not terms.watch:
         raise ConfigError("--watch 0 with several workers: they would not see each other's changes; give seconds")
     try:
-        from caravan.app import hosting
+        from caravan.app.web import hosting
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in ("fastapi", "starlette", "uvicorn", "prometheus_client"):
             raise

@@ -12,7 +12,7 @@ from mcp.types import ToolAnnotations
 from pydantic import Field
 
 from caravan import __version__
-from caravan.app.answering import Answer, Answering
+from caravan.app.answers.answering import Answer, Answering
 from caravan.data.records import Hit
 from caravan.errors import CaravanError
 from caravan.model.retriever import Retriever

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from caravan.app.evidence import fingerprint_of
+from caravan.app.answers.evidence import fingerprint_of
 from caravan.config import AdapterConfig, BackboneConfig, HeadConfig
 from caravan.data.catalogue import Catalogue
 from caravan.data.records import Document

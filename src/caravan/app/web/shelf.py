@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from caravan.app.batching import Batcher, Timing
-from caravan.app.limits import Terms, conflict, unavailable, unknown
-from caravan.app.metrics import Metrics
-from caravan.app.serving import Asked, Found, Served, bare_rows
+from caravan.app.web.batching import Batcher, Timing
+from caravan.app.web.limits import Terms, conflict, unavailable, unknown
+from caravan.app.web.metrics import Metrics
+from caravan.app.web.serving import Asked, Found, Served, bare_rows
 from caravan.data.formats import document_from_row
 from caravan.data.records import Document
 from caravan.data.tables import Row

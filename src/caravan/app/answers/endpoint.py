@@ -6,9 +6,9 @@ from ipaddress import ip_address
 from typing import Any
 from urllib.parse import urlsplit
 
-from caravan.app.evidence import Source
-from caravan.app.generators import ANSWER_TOKENS, CONTEXT_TOKENS, Piece
-from caravan.app.prompt import Message, compose
+from caravan.app.answers.evidence import Source
+from caravan.app.answers.generators import ANSWER_TOKENS, CONTEXT_TOKENS, Piece
+from caravan.app.answers.prompt import Message, compose
 from caravan.errors import AnswerError, GeneratorError
 
 KEY = "OPENAI_API_KEY"

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 import torch
 
-from caravan.app.evidence import Source
-from caravan.app.prompt import Message, compose, plain
+from caravan.app.answers.evidence import Source
+from caravan.app.answers.prompt import Message, compose, plain
 from caravan.config import BackboneConfig
 from caravan.errors import BackboneError, GeneratorError
 from caravan.model.backbone import Backbone, load_backbone

@@ -212,7 +212,10 @@ def _flower_app() -> dict[str, object]:
             "flwr": {
                 "app": {
                     "publisher": "caravan",
-                    "components": {"serverapp": "caravan.app.coordinator:app", "clientapp": "caravan.app.node:app"},
+                    "components": {
+                        "serverapp": "caravan.app.nodes.coordinator:app",
+                        "clientapp": "caravan.app.nodes.node:app",
+                    },
                     "config": {"out": "", "resume": False},
                 }
             }

@@ -15,8 +15,8 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from caravan.app.limits import Limits, RefusedError, too_large
-from caravan.app.metrics import Metrics
+from caravan.app.web.limits import Limits, RefusedError, too_large
+from caravan.app.web.metrics import Metrics
 from caravan.errors import CaravanError
 
 Scope = MutableMapping[str, Any]

@@ -7,12 +7,12 @@ from typing import Annotated, TypeVar
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 
-from caravan.app.bodies import MarkBody, MarksAnswer, MarksCountAnswer
-from caravan.app.limits import unavailable, unknown
-from caravan.app.marks import Mark, Marks, now, weights_name
-from caravan.app.routing import ERRORS, WRITE_ERRORS, Here, as_json, needs, refusals
-from caravan.app.serving import Served
-from caravan.app.shelf import Shelf
+from caravan.app.feedback.marks import Mark, Marks, now, weights_name
+from caravan.app.web.bodies import MarkBody, MarksAnswer, MarksCountAnswer
+from caravan.app.web.limits import unavailable, unknown
+from caravan.app.web.routing import ERRORS, WRITE_ERRORS, Here, as_json, needs, refusals
+from caravan.app.web.serving import Served
+from caravan.app.web.shelf import Shelf
 from caravan.errors import StorageError
 from caravan.model.encoder import check_texts
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
 
-from caravan.app.writing import Writing
+from caravan.app.answers.writing import Writing
 from caravan.config import PositiveFloat, PositiveInt
 from caravan.errors import CaravanError, ConfigError
 

@@ -21,10 +21,10 @@ from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 from torch.nn.functional import normalize
 
-from caravan.app import asking, following, marking
-from caravan.app.access import Keys
-from caravan.app.asking import Asking
-from caravan.app.bodies import (
+from caravan.app.web import asking, following, marking
+from caravan.app.web.access import Keys
+from caravan.app.web.asking import Asking
+from caravan.app.web.bodies import (
     ChangeAnswer,
     DocumentsAnswer,
     DocumentsBody,
@@ -36,14 +36,14 @@ from caravan.app.bodies import (
     SearchAnswer,
     SearchBody,
 )
-from caravan.app.following import Following
-from caravan.app.gate import NOTES, Gate, as_reply
-from caravan.app.limits import RefusedError, conflict, too_large, unavailable, unknown, unusable
-from caravan.app.marking import Marking
-from caravan.app.metrics import CONTENT_TYPE, Metrics, forget_process
-from caravan.app.routing import ERRORS, WRITE_ERRORS, Here, Service, as_json, needs, refusals
-from caravan.app.serving import Asked, Found, Served
-from caravan.app.shelf import Change, Shelf, checked_documents
+from caravan.app.web.following import Following
+from caravan.app.web.gate import NOTES, Gate, as_reply
+from caravan.app.web.limits import RefusedError, conflict, too_large, unavailable, unknown, unusable
+from caravan.app.web.marking import Marking
+from caravan.app.web.metrics import CONTENT_TYPE, Metrics, forget_process
+from caravan.app.web.routing import ERRORS, WRITE_ERRORS, Here, Service, as_json, needs, refusals
+from caravan.app.web.serving import Asked, Found, Served
+from caravan.app.web.shelf import Change, Shelf, checked_documents
 from caravan.data.catalogue import Catalogue
 from caravan.data.records import Document, Hit
 from caravan.errors import CaravanError

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import groupby
 
-from caravan.app.marks import Mark
+from caravan.app.feedback.marks import Mark
 from caravan.data.catalogue import Catalogue
 from caravan.data.dataset import Dataset
 from caravan.data.records import Example

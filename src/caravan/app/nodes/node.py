@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from caravan.app.deployment import Deployment
 from caravan.app.guarantee import check_private, make_budget, steps_are_private
+from caravan.app.nodes.deployment import Deployment
 from caravan.config import Config
 from caravan.data.catalogue import Catalogue
 from caravan.data.dataset import Dataset

@@ -8,12 +8,12 @@ from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request, Response
 
-from caravan.app.access import Keys, Right
-from caravan.app.bodies import ErrorAnswer
-from caravan.app.gate import GoneError
-from caravan.app.limits import RefusedError, too_large
-from caravan.app.metrics import Metrics
-from caravan.app.shelf import Shelf
+from caravan.app.web.access import Keys, Right
+from caravan.app.web.bodies import ErrorAnswer
+from caravan.app.web.gate import GoneError
+from caravan.app.web.limits import RefusedError, too_large
+from caravan.app.web.metrics import Metrics
+from caravan.app.web.shelf import Shelf
 
 Result = TypeVar("Result")
 

@@ -16,15 +16,15 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.sse import EventSourceResponse, format_sse_event
 
-from caravan.app.answering import Answer, Answering
-from caravan.app.bodies import AskAnswer, AskBody
-from caravan.app.evidence import calibrated
-from caravan.app.gate import INTERNAL, NOTES, as_reply, frames_of
-from caravan.app.generators import Piece
-from caravan.app.limits import RefusedError, unavailable
-from caravan.app.routing import ERRORS, Here, as_json, needs, refusals, while_connected
-from caravan.app.serving import Served
-from caravan.app.shelf import Shelf
+from caravan.app.answers.answering import Answer, Answering
+from caravan.app.answers.evidence import calibrated
+from caravan.app.answers.generators import Piece
+from caravan.app.web.bodies import AskAnswer, AskBody
+from caravan.app.web.gate import INTERNAL, NOTES, as_reply, frames_of
+from caravan.app.web.limits import RefusedError, unavailable
+from caravan.app.web.routing import ERRORS, Here, as_json, needs, refusals, while_connected
+from caravan.app.web.serving import Served
+from caravan.app.web.shelf import Shelf
 from caravan.errors import BackboneError, CaravanError, GeneratorError
 from caravan.model.encoder import check_texts
 from caravan.model.retriever import Retriever

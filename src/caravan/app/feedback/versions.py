@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from caravan.app.marks import feedback_folder, make_private, now
+from caravan.app.feedback.marks import feedback_folder, make_private, now
 from caravan.data.catalogue import Catalogue
 from caravan.errors import DataError, StorageError
 from caravan.files import alone, make_folder, whole_file, whole_folder

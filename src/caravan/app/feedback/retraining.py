@@ -7,11 +7,11 @@ from hashlib import sha256
 from typing import Any
 
 from caravan.app.experiment import checkpoint_folder, recorded_settings
+from caravan.app.feedback.lessons import Classroom, Lessons, classroom, lessons
+from caravan.app.feedback.marks import Marked, Marks
+from caravan.app.feedback.verdict import Verdict, judge
+from caravan.app.feedback.versions import KEPT, Versions
 from caravan.app.learning import Experiment
-from caravan.app.lessons import Classroom, Lessons, classroom, lessons
-from caravan.app.marks import Marked, Marks
-from caravan.app.verdict import Verdict, judge
-from caravan.app.versions import KEPT, Versions
 from caravan.config import Config
 from caravan.data.dataset import Dataset
 from caravan.errors import ConfigError, DataError, PrivacyError, TrainingError

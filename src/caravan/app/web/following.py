@@ -12,12 +12,12 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
-from caravan.app.bodies import TrainingAnswer
 from caravan.app.experiment import checkpoint_folder
-from caravan.app.limits import RefusedError
 from caravan.app.record import shown_settings
-from caravan.app.routing import ERRORS, Here, as_json, needs
 from caravan.app.traces import LINES, finite, point_of_epoch, point_of_round
+from caravan.app.web.bodies import TrainingAnswer
+from caravan.app.web.limits import RefusedError
+from caravan.app.web.routing import ERRORS, Here, as_json, needs
 from caravan.errors import StorageError
 from caravan.files import is_held
 from caravan.storage import RECORD, read_record

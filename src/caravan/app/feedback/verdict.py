@@ -6,7 +6,7 @@ from math import comb
 from typing import Any
 
 from caravan.app.comparison import rank_queries
-from caravan.app.lessons import Question
+from caravan.app.feedback.lessons import Question
 from caravan.data.records import Example
 from caravan.model.retriever import Retriever
 from caravan.training.evaluation import Estimate, Ranking, measure

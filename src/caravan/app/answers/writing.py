@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from caravan.app.generators import Generator
+    from caravan.app.answers.generators import Generator
     from caravan.model.backbone import Backbone
 
 GeneratorName = Annotated[
@@ -61,10 +61,10 @@ class Writing:
             AnswerError: the endpoint's address or key cannot be used, or openai is not installed.
             BackboneError: there is no such model, or it is no decoder.
         """
-        from caravan.app.generators import Extractive, HuggingFace
+        from caravan.app.answers.generators import Extractive, HuggingFace
 
         if self.endpoint is not None:
-            from caravan.app.endpoint import Endpoint
+            from caravan.app.answers.endpoint import Endpoint
 
             return Endpoint(self.endpoint, self.endpoint_model or "", context_tokens=self.context_tokens)
         if self.generator == "extractive":

@@ -3,10 +3,10 @@
 from collections.abc import Generator
 from dataclasses import dataclass
 
-from caravan.app.evidence import Source, Weigher
-from caravan.app.generators import Extractive, Piece
-from caravan.app.generators import Generator as Writer
-from caravan.app.prompt import UNKNOWN, citations_of
+from caravan.app.answers.evidence import Source, Weigher
+from caravan.app.answers.generators import Extractive, Piece
+from caravan.app.answers.generators import Generator as Writer
+from caravan.app.answers.prompt import UNKNOWN, citations_of
 from caravan.model.retriever import Retriever
 from caravan.training.calibration import Calibration
 

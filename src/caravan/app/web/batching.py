@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Generic, Protocol, TypeVar
 
-from caravan.app.limits import Limits, RefusedError, unavailable
+from caravan.app.web.limits import Limits, RefusedError, unavailable
 
 Answer = TypeVar("Answer")
 Result = TypeVar("Result")

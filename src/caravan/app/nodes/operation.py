@@ -15,7 +15,7 @@ from typing import Any
 
 import tomli_w
 
-from caravan.app.deployment import Deployment
+from caravan.app.nodes.deployment import Deployment
 from caravan.errors import ConfigError, FederationError, StorageError
 from caravan.federation import starting
 from caravan.federation.keys import is_loopback

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from caravan.app.deployment import Deployment
 from caravan.app.guarantee import check_private
 from caravan.app.learning import Experiment, OnRound
-from caravan.app.node import read_queries
+from caravan.app.nodes.deployment import Deployment
+from caravan.app.nodes.node import read_queries
 from caravan.app.separation import check_separation
 from caravan.app.standing import Standing
 from caravan.data.catalogue import Catalogue

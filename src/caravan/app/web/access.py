@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
-from caravan.app.limits import RefusedError
+from caravan.app.web.limits import RefusedError
 from caravan.errors import ConfigError
 
 Right = Literal["read", "write"]

@@ -14,14 +14,14 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.supervisors import Multiprocess
 
-from caravan.app.access import read_keys
-from caravan.app.asking import Asking
-from caravan.app.gate import JsonLines
-from caravan.app.limits import Limits, Terms
-from caravan.app.metrics import FOLDER_VARIABLE, Metrics
-from caravan.app.service import make_app
-from caravan.app.shelf import Shelf
-from caravan.app.writing import Writing
+from caravan.app.answers.writing import Writing
+from caravan.app.web.access import read_keys
+from caravan.app.web.asking import Asking
+from caravan.app.web.gate import JsonLines
+from caravan.app.web.limits import Limits, Terms
+from caravan.app.web.metrics import FOLDER_VARIABLE, Metrics
+from caravan.app.web.service import make_app
+from caravan.app.web.shelf import Shelf
 from caravan.errors import CaravanError, ConfigError
 
 _TERMS = "CARAVAN_SERVE_TERMS"  # how a worker process learns what it serves
