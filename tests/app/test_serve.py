@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx2
 import pytest
 
-import caravan.app
+import caravan.app.web
 from caravan.config import BackboneConfig
 from caravan.model.backbone import load_backbone
 from caravan.storage import load, save
@@ -37,7 +37,7 @@ def test_without_the_extra_it_is_named_in_one_line(workshop: Workshop, monkeypat
     for name in [name for name in sys.modules if name.startswith("caravan.app.") or name.startswith("uvicorn")]:
         if name.rpartition(".")[2] in ("hosting", "service", "metrics", "gate", "shelf") or name.startswith("uvicorn"):
             monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delattr(caravan.app, "hosting", raising=False)
+    monkeypatch.delattr(caravan.app.web, "hosting", raising=False)
     monkeypatch.setitem(sys.modules, missing, None)
     check_refused(run("serve", workshop.model), missing, "pip install 'caravan[serve]'")
 
