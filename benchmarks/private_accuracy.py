@@ -23,6 +23,7 @@ import tempfile
 import time
 import warnings
 from dataclasses import replace
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def main() -> None:
                             continue
                         os.environ["CARAVAN_LEDGER"] = str(Path(ledgers) / key.replace("/", "-"))
                         run = opacus_head if mode == "opacus" else ours
-                        dataset = training_set(name, seed, arguments.most)
+                        dataset = training_set(name, arguments.most)
                         found = run(dataset, mode, epsilon, seed, arguments.device, bars)
                         results["runs"][key] = {**found, "device": arguments.device}
                         with whole_file(arguments.out) as temporary:
@@ -90,10 +91,11 @@ def main() -> None:
     print(table(results["runs"]))
 
 
-def training_set(name: str, seed: int, most: int | None) -> Dataset:
-    """The data set with no validation cut, its training queries cut to `most` of them, the same for every seed."""
+@cache
+def training_set(name: str, most: int | None) -> Dataset:
+    """The data set with no validation cut, its training queries cut to `most` of them, the same for every training."""
     settings = {"data": {"path": str(DATA / name), "validation_fraction": 0.0}}
-    dataset = replace(Dataset.from_config(config_from_dict(settings).data, seed=seed), validation=())
+    dataset = replace(Dataset.from_config(config_from_dict(settings).data, seed=0), validation=())
     if most is None or most >= len(dataset.train):
         return dataset
     return replace(dataset, train=tuple(random.Random(0).sample(dataset.train, most)))

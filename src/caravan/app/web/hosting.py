@@ -28,7 +28,7 @@ _TERMS = "CARAVAN_SERVE_TERMS"  # how a worker process learns what it serves
 _GRACE = 30  # seconds that requests may take to end once the service is told to stop
 # Compiled steps that oneDNN keeps, by the batch's shape. Shapes are many and compiling is quick; up to its own limit of
 # 1,024 the memory of a busy service would grow for hours.
-_KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"}
+_KERNELS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
 _SILENCE = 30  # seconds without a sign after which a worker is taken for hung: 5 are too few while one imports torch
 
 
@@ -38,7 +38,7 @@ def host(terms: Terms, address: str, port: int, *, workers: int) -> None:
     Raises:
         CaravanError: the folder, the keys, the generator or the port cannot be used.
     """
-    os.environ |= {name: value for name, value in _KERNELS.items() if name not in os.environ}
+    os.environ.setdefault(*_KERNELS)
     app = application(terms) if workers == 1 else None
     if app is None:
         Asking(Shelf(dataclasses.replace(terms, mips=False), Metrics()))  # a damaged folder is told once, here

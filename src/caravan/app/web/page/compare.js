@@ -6,7 +6,7 @@ import { carry, note } from "./routes.js";
 import { served } from "./served.js";
 import { ask } from "./service.js";
 import { clearTrouble, showTrouble } from "./trouble.js";
-import { asTyped } from "./typing.js";
+import { asTyped, takeQuery } from "./typing.js";
 
 const SHOWN = 10; // documents a column
 const RANKED = 50; // how far a document is looked for in the other rankings
@@ -62,12 +62,7 @@ export function comparePage(root) {
   return {
     box,
     show(parameters) {
-      const query = parameters.get("q") ?? "";
-      if (query !== box.value.trim() || !root.dataset.shown) {
-        box.value = query;
-        now();
-      }
-      root.dataset.shown = "yes";
+      takeQuery(root, box, parameters, now);
       redraw();
     },
     anew: now,

@@ -6,7 +6,7 @@ import { carry, note, address } from "./routes.js";
 import { served, whyNot } from "./served.js";
 import { ask } from "./service.js";
 import { clearTrouble, showTrouble } from "./trouble.js";
-import { asTyped } from "./typing.js";
+import { asTyped, takeQuery } from "./typing.js";
 import { excerpt, marked, wordsOf } from "./words.js";
 
 const FIRST = 10; // results at once
@@ -101,12 +101,7 @@ export function searchPage(root) {
   return {
     box,
     show(parameters) {
-      const query = parameters.get("q") ?? "";
-      if (query !== box.value.trim() || !root.dataset.shown) {
-        box.value = query;
-        now();
-      }
-      root.dataset.shown = "yes";
+      takeQuery(root, box, parameters, now);
     },
     anew: now,
   };

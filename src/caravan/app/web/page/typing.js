@@ -27,3 +27,19 @@ export function asTyped(box, run) {
   });
   return now;
 }
+
+/**
+ * Take the query that an address names: into the box, and searched unless it is there and was shown already.
+ * @param {HTMLElement} root - of the page; remembers that it was shown
+ * @param {HTMLInputElement} box
+ * @param {URLSearchParams} parameters
+ * @param {() => Promise<void>} now - searches for what is in the box
+ */
+export function takeQuery(root, box, parameters, now) {
+  const query = parameters.get("q") ?? "";
+  if (query !== box.value.trim() || !root.dataset.shown) {
+    box.value = query;
+    now();
+  }
+  root.dataset.shown = "yes";
+}
