@@ -269,7 +269,7 @@ for saves, cache, command in json.loads(sys.argv[1]):
     child = os.fork()
     if not child:
         run(saves, cache, command)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)  # else the next child has it to print, too
 """
 
 # Two epochs of six steps a stage, each step and each stage's end saved: the 8th save is in the head's second epoch, the
