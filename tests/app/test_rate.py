@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import pytest
 
+from caravan.app.learning import Experiment
 from caravan.config import PrivacyConfig, changed, config_from_dict
 from caravan.data.catalogue import Catalogue
 from caravan.errors import ConfigError, PrivacyError
 from caravan.storage import load
+from caravan.training.features import FeatureStore
 from caravan.training.rate import choose_rates
 from command_line import run
 from toy_experiments import DATASET, Raising, with_wrong_queries
@@ -28,6 +30,8 @@ def test_a_training_writes_down_the_rates_it_chose_and_equals_one_with_these_num
     assert retriever.record["config"]["training"]["head"]["learning_rate"] == "auto"
     assert set(chosen) == {"head", "adapter"}
     assert {"learning_rate", "head_learning_rate", "lines", "batches", "loss"} == set(chosen["adapter"])
+    assert {"learning_rate", "lines", "batches", "loss", "held_out"} == set(chosen["head"])
+    assert chosen["head"]["learning_rate"] in {tried["rate"] for tried in chosen["head"]["held_out"]}
     numbers = {name: chosen[name.split(".")[1]][name.split(".")[2]] for name in RATES}
     told = prepare(config_from_dict(changed(config.to_dict(), numbers))).run()
     assert "learning_rates" not in told.record
@@ -51,12 +55,26 @@ def test_a_resumed_training_keeps_the_rate_it_began_with(settings, prepare, tmp_
     assert not (tmp_path / "c").exists()
 
 
+def test_the_head_is_raced_on_the_training_queries_alone_and_without_a_cache_too(settings, prepare):
+    config = opened(settings(mode="head", epochs=2))
+    chosen = prepare(config).run().record["learning_rates"]["head"]
+    nothing = Experiment(replace(DATASET, test=()), config, store=FeatureStore())
+    assert nothing.run().record["learning_rates"]["head"]["held_out"] == chosen["held_out"]
+    assert max(tried["of"] for tried in chosen["held_out"]) == len(DATASET.train)
+
+
 def with_titles(dataset):
     """The same with documents that say something, so that there are passages."""
     documents = [replace(document, title=f"letters {document.text}") for document in dataset.catalogue]
     return replace(dataset, catalogue=Catalogue(documents))
 
 
+@pytest.fixture
+def few_passages_will_do(monkeypatch):
+    monkeypatch.setattr("caravan.app.rate._FEWEST_PASSAGES", 1)
+
+
+@pytest.mark.usefixtures("few_passages_will_do")
 def test_a_federation_chooses_once_on_passages_and_on_no_clients_queries(settings, prepare):
     config = opened(settings(epochs=2, passages=2, federation={"clients": 2, "rounds": 2}))
     log = Log()
@@ -71,9 +89,11 @@ def test_a_federation_chooses_once_on_passages_and_on_no_clients_queries(setting
     assert set(tasks) == {"choosing the head's learning rate", "choosing the adapter's learning rate"}
 
 
-def test_a_federation_without_passages_has_nothing_to_choose_on(settings, prepare):
-    with pytest.raises(ConfigError, match=r"and there are none \(training\.passages = 0\); set it to a number"):
-        prepare(opened(settings(passages=0, federation={"clients": 2}))).run()
+@pytest.mark.parametrize("passages", [0, 2])
+def test_a_federation_with_too_few_passages_has_nothing_to_choose_on(settings, prepare, passages):
+    line = rf"\d are too few \(training\.passages = {passages}; at least 32\); set it to a number"
+    with pytest.raises(ConfigError, match=line):
+        prepare(opened(settings(passages=passages, federation={"clients": 2})), with_titles(DATASET)).run()
 
 
 @pytest.mark.parametrize("name", RATES)

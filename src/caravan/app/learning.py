@@ -177,9 +177,8 @@ class Experiment:
 
     def _check_budgets(self) -> None:
         """Refuse before the first step what a cap would stop later; what a resumed training has done is spent."""
-        ahead = [stage for stage in self.stages if self._is_ahead(stage)]
         for budget in self.budgets.values():
-            budget.check(ahead)
+            budget.check([stage for stage in self.stages if self._is_ahead(stage)])
 
     def _is_ahead(self, stage: Stage) -> bool:
         snapshots = self.traces.snapshots(stage)
@@ -187,12 +186,17 @@ class Experiment:
 
     def _settle_rates(self, stage: Stage) -> dict[str, dict[str, Any]]:
         """Put numbers in place of "auto", and say how by stage; of a federation on passages alone."""
+
+        def train(dataset: Dataset, config: Config, store: FeatureStore, report: Report | None) -> Retriever:
+            return Experiment(dataset, config, backbone=self.backbone, store=store, report=report).run()
+
         self.settled, record = settle_rates(
             self.settled,
             stage,
             self.retriever,
-            () if self.federated else self.dataset.train,
+            self.dataset,
             self.passages,
+            train=None if self.federated else train,
             store=self.store,
             report=self.report,
             kept=self.traces.snapshots(stage, ".rate"),
@@ -230,15 +234,12 @@ class Experiment:
         return [asdict(record) for record in records]
 
     def _federate(self, stage: Stage) -> Standing:
-        federation = self.config.federation
-        rounds = self._rounds(stage)
-        state = self.retriever.trainable_state()
+        federation, rounds, state = self.config.federation, self._rounds(stage), self.retriever.trainable_state()
         standing = Standing({name: state[name] for name in trained_names(self.retriever, stage)})
         if not rounds:
             return standing
         snapshots = self.traces.snapshots(stage)
-        snapshot = snapshots.load() if snapshots is not None else None
-        if snapshot is not None:
+        if snapshots is not None and (snapshot := snapshots.load()) is not None:
             standing = Standing.from_snapshot(snapshot)
         strategy = Strategy(federation, self.central_noise)
         strategy.restore(standing.server)
@@ -300,7 +301,6 @@ class Experiment:
         )
 
     def _train_client(self, shard: Shard, received: dict[str, Tensor], part: Part) -> Update:
-        """A client's work of a round."""
         return train_client(
             self.retriever,
             shard.name,
