@@ -36,7 +36,7 @@ def run(bench: Bench) -> Findings:
     rows, charts, behind = [], [], []
     for name in bench.present(bench.settings["datasets"]):
         dataset = _validating(bench, name)
-        for mode in bench.settings["modes"]:
+        for mode in _modes(bench, name):
             rates: list[float] = bench.settings[f"{mode}_rates"]
             sweep = {rate: _outcomes(bench, dataset, mode, rate) for rate in rates}
             automatic = _outcomes(bench, dataset, mode, "auto") if bench.settings["automatic"] else None
@@ -58,6 +58,10 @@ def run(bench: Bench) -> Findings:
         if bench.settings["automatic"]
         else ["The automatic rate was not measured (setting automatic = false)."],
     )
+
+
+def _modes(bench: Bench, name: str) -> list[Mode]:
+    return [mode for mode in bench.settings["modes"] if mode == "head" or name in bench.settings["adapter_datasets"]]
 
 
 def _validating(bench: Bench, name: str) -> Dataset:

@@ -61,7 +61,7 @@ def _outcomes(bench: Bench, dataset: Dataset, backbone: BackboneConfig) -> list[
     settings = bench.settings
     weights = "random" if backbone.random_weights else "pretrained"
     matters = {
-        **{"model": backbone.name, "train": len(dataset.train), "test": len(dataset.test)},
+        **{"train": len(dataset.train), "test": len(dataset.test)},
         **{name: settings[name] for name in ("head_epochs", "adapter_epochs")},
         "catalogue": dataset.catalogue.fingerprint,
     }
