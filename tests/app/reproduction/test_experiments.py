@@ -205,7 +205,7 @@ def test_the_automatic_rate_is_held_against_the_best_of_the_sweep(tiny, tmp_path
     assert claim.verdict == says
     assert claim.ours.startswith(f"{100 * (0.9 - chosen):.2f} points behind")
     row = dict(zip(chapter.findings.tables[0].columns, chapter.findings.tables[0].rows[0], strict=True))
-    assert row["automatic rate %"] == f"{100 * chosen:.2f}"
+    assert row["recall@1 % at automatic"] == f"{100 * chosen:.2f}"
     assert row["best rate"] == "0.001"
 
 
