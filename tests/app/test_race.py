@@ -8,21 +8,26 @@ from caravan.app.race import fold_of, race
 from caravan.data.records import Example
 from caravan.errors import TrainingError
 from caravan.training.checkpoint import Checkpoint
+from caravan.training.progress import Progress
 from toy_training import Log, StoppedError
 
 QUERIES = [Example(f"query {number}", ("d0",)) for number in range(400)]
+TWICE = [*QUERIES, *QUERIES[:100]]  # a hundred of them asked twice
 TRIED = [1e-3, 3.162e-4, 3.162e-3, 1e-4, 1e-2, 3.162e-2]  # around 1e-3, the nearest first
 
 
 class Trials:
     """Trainings that find a share of what is held out: every query whose number, mod 100, is below it."""
 
-    def __init__(self, shares, *, stop_after=None):
-        self.shares, self.stop_after, self.ran, self.held_out = shares, stop_after, [], []
+    def __init__(self, shares, *, stop_after=None, size=400):
+        self.shares, self.stop_after, self.size, self.ran, self.held_out = shares, stop_after, size, [], []
 
     def __call__(self, train, held_out, rate, report):
         assert not {example.text for example in train} & {example.text for example in held_out}
-        assert len(train) + len(held_out) == len(QUERIES)
+        assert len(train) + len(held_out) == self.size
+        for done in range(1, 11):
+            report(Progress("training the head", done, 10, loss=0.5))
+            report(Progress("evaluating", done, 10))  # not of the race
         if len(self.ran) == self.stop_after:
             raise StoppedError
         self.ran.append(rate)
@@ -59,15 +64,52 @@ def test_of_equals_the_nearest_to_where_it_began_wins():
 
 def test_a_rate_at_which_training_diverges_leaves_and_with_all_of_them_there_is_no_winner():
     trials = Trials(dict(zip(TRIED, [50, 50, None, 60, None, None], strict=True)))
-    assert raced(trials).rate == 1e-4
-    assert set(raced(trials).found) == {1e-3, 3.162e-4, 1e-4}
-    assert raced(Trials(dict.fromkeys(TRIED))) is None
+    found = raced(trials)
+    assert found.rate == 1e-4
+    assert set(found.found) == {1e-3, 3.162e-4, 1e-4}
+    assert found.to_dict()["diverged"] == [3.162e-3, 1e-2, 3.162e-2]
+    log = Log()
+    assert raced(Trials(dict.fromkeys(TRIED)), report=log) is None
+    assert log.told[-1].done == log.told[-1].total
 
 
-def test_a_handful_of_queries_is_no_race():
+def test_a_rate_that_diverges_later_has_not_won_with_what_it_found_before():
+    class Late(Trials):
+        def __call__(self, train, held_out, rate, report):
+            if rate == 3.162e-4 and rate in self.ran:
+                self.ran.append(rate)
+                raise TrainingError("the loss is nan")
+            return super().__call__(train, held_out, rate, report)
+
+    found = raced(Late(dict(zip(TRIED, [50, 55, 50, 50, 50, 50], strict=True))))
+    assert found.rate == 1e-3
+    assert 3.162e-4 not in found.found
+    assert found.diverged == (3.162e-4,)
+
+
+@pytest.mark.parametrize("examples", [QUERIES[:39], [*QUERIES[:39], *QUERIES[:39]], QUERIES[:1] * 400])
+def test_a_handful_of_different_queries_is_no_race(examples):
     trials = Trials(dict.fromkeys(TRIED, 50))
-    assert raced(trials, examples=QUERIES[:39]) is None
+    assert raced(trials, examples=examples) is None
     assert not trials.ran
+
+
+def test_queries_with_the_same_text_are_held_out_together():
+    trials = Trials(dict.fromkeys(TRIED, 50), size=len(TWICE))  # says itself that no text is on both sides
+    assert raced(trials, examples=TWICE).found[1e-3] == (250, 500)  # the first hundred count twice: 2 x 50 + 3 x 50
+
+
+def test_of_a_large_fold_no_more_is_ranked_than_is_enough(monkeypatch):
+    monkeypatch.setattr("caravan.app.race._ENOUGH", 30)
+
+    class Capped(Trials):
+        def __call__(self, train, held_out, rate, report):
+            assert len(held_out) == 30
+            assert 270 < len(train) < 330
+            self.size = len(train) + 30
+            return super().__call__(train, held_out, rate, report)
+
+    assert raced(Capped(dict(zip(TRIED, range(50, 56), strict=True)))).found[1e-3][1] == 30
 
 
 def test_many_queries_need_no_more_than_the_first_folds(monkeypatch):
@@ -101,5 +143,6 @@ def test_the_bar_never_falls_and_ends_full():
     raced(Trials(dict(zip(TRIED, [80, 81, 20, 79, 0, 10], strict=True))), report=log)
     done = [progress.done for progress in log.told]
     assert done == sorted(done)
+    assert len(set(done)) > 100  # it moves within a training, too
     assert done[-1] == log.told[-1].total
     assert {progress.task for progress in log.told} == {"choosing the head's learning rate on held-out queries"}

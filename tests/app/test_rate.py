@@ -7,13 +7,15 @@ import pytest
 from caravan.app.learning import Experiment
 from caravan.config import PrivacyConfig, changed, config_from_dict
 from caravan.data.catalogue import Catalogue
-from caravan.errors import ConfigError, PrivacyError
+from caravan.data.records import Example
+from caravan.errors import ConfigError, PrivacyError, StorageError
 from caravan.storage import load
 from caravan.training.features import FeatureStore
 from caravan.training.rate import choose_rates
+from caravan.training.trainer import fit
 from command_line import run
 from toy_experiments import DATASET, Raising, with_wrong_queries
-from toy_training import Log, StoppedError, assert_same_bits
+from toy_training import LETTERS, Log, StoppedError, assert_same_bits
 
 pytestmark = pytest.mark.usefixtures("vectors_are_kept_here", "few_queries_are_timed")
 RATES = ("training.head.learning_rate", "training.adapter.learning_rate", "training.adapter.head_learning_rate")
@@ -61,6 +63,68 @@ def test_the_head_is_raced_on_the_training_queries_alone_and_without_a_cache_too
     nothing = Experiment(replace(DATASET, test=()), config, store=FeatureStore())
     assert nothing.run().record["learning_rates"]["head"]["held_out"] == chosen["held_out"]
     assert max(tried["of"] for tried in chosen["held_out"]) == len(DATASET.train)
+
+
+def test_what_a_race_is_given_trains_heads_on_its_part_of_the_queries_alone(settings, prepare, monkeypatch):
+    seen = []
+
+    def race(rate, examples, trial, **_):
+        monkeypatch.setattr("caravan.app.learning.fit", watched)
+        some, asked = examples[:30], " ".join(LETTERS["d2"])
+        others = [Example(asked, ("d0", "d2")), Example(asked, ("d0", "d1")), Example(asked, ("d2",))]
+        assert trial(some, others, 1e-3, None) == [True, False, True]
+        monkeypatch.undo()
+        seen.append(some)
+
+    def watched(retriever, examples, stage, training, **parts):
+        seen.append((list(examples), stage, training.mode, training.head.learning_rate))
+        return fit(retriever, examples, stage, training, **parts)
+
+    monkeypatch.setattr("caravan.app.rate.race", race)
+    config = opened(settings(epochs=1))
+    experiment = prepare(config)
+    record = experiment.run().record["learning_rates"]
+    (trained, some) = seen
+    assert trained == (list(some), "head", "head", 1e-3)
+    assert "held_out" not in record["head"]  # there was no winner
+
+
+def test_a_race_that_is_killed_goes_on_with_the_trainings_it_has_not_done(settings, prepare, tmp_path, monkeypatch):
+    config = opened(settings(mode="head", epochs=2))
+    trainings = []
+
+    def counted(*args, **parts):
+        trainings.append(args[3].head.learning_rate)
+        if len(trainings) == stop:
+            raise StoppedError
+        return fit(*args, **parts)
+
+    monkeypatch.setattr("caravan.app.learning.fit", counted)
+    stop = 0
+    whole = prepare(config).run().record["learning_rates"]
+    every, trainings[:], stop = list(trainings), [], 4
+    with pytest.raises(StoppedError):
+        prepare(config, checkpoint=tmp_path / "c").run()
+    trainings[:], stop = [], 0
+    assert prepare(config, checkpoint=tmp_path / "c", resume=True).run().record["learning_rates"] == whole
+    assert trainings == every[3:]
+
+
+def test_a_choice_of_other_settings_or_a_damaged_one_is_refused_before_anything_else(settings, prepare, tmp_path):
+    config = opened(settings(mode="head", epochs=2))
+    prepare(config, checkpoint=tmp_path / "c").run()
+    (tmp_path / "c" / "head.safetensors").unlink()  # as after a kill while rates were raced
+    with pytest.raises(StorageError, match=r"head\.rate\.safetensors"):
+        prepare(replace(config, seed=99), checkpoint=tmp_path / "c", resume=True)
+    (tmp_path / "c" / "head.rate.safetensors").write_bytes(b"junk")
+    with pytest.raises(StorageError, match=r"head\.rate\.safetensors"):
+        prepare(config, checkpoint=tmp_path / "c", resume=True)
+
+
+def test_a_head_that_is_not_trained_is_not_raced(settings, prepare):
+    config = opened(settings(epochs=1))
+    none = replace(config, training=replace(config.training, head=replace(config.training.head, epochs=0)))
+    assert "held_out" not in prepare(none).run().record["learning_rates"]["head"]
 
 
 def with_titles(dataset):

@@ -14,7 +14,7 @@ from caravan.training.progress import Progress, Report
 
 _FOLDS = 4  # three quarters of the queries train: few enough trainings, and near enough to all queries
 _ENOUGH = 4000  # queries held out in all: then one in a thousand shows
-_FEWEST = 40  # queries, below which one of them decides
+_FEWEST = 40  # different queries, below which one of them decides
 _STEPS = (0, -1, 1, -2, 2, 3)  # half powers of ten from the rate that the loss's curvature asks for, nearest first
 _TASK = "choosing the head's learning rate on held-out queries"
 _PARTS = 100  # of a training, for the bar
@@ -30,14 +30,17 @@ class Race:
         rate: the learning rate that found most.
         found: by rate, those in the race for longest first: of how many held-out queries the right document came
             first, and of how many it was to.
+        diverged: rates at which a training ended with numbers that are not finite.
     """
 
     rate: float
     found: dict[float, tuple[int, int]]
+    diverged: tuple[float, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for the record, a row a rate."""
-        return {"held_out": [{"rate": rate, "found": hits, "of": of} for rate, (hits, of) in self.found.items()]}
+        rows = [{"rate": rate, "found": hits, "of": of} for rate, (hits, of) in self.found.items()]
+        return {"held_out": rows, **({"diverged": list(self.diverged)} if self.diverged else {})}
 
 
 def race(
@@ -53,8 +56,8 @@ def race(
 
     A rate leaves the race when, over all folds so far, the queries that only the leader finds outnumber those that
     only it finds by more than two standard errors, the root of their sum (McNemar's test; racing as in Maron and
-    Moore, Hoeffding Races, NIPS 1993). The race ends with one rate left, after four folds, or when enough queries
-    were held out. Of equals the one nearest to `rate` wins.
+    Moore, Hoeffding Races, NIPS 1993); and when a training diverges at it. The race ends with one rate left, after
+    four folds, or when enough queries were held out. Of equals the one nearest to `rate` wins.
 
     Args:
         rate: where to look first.
@@ -66,22 +69,25 @@ def race(
         report: called as the work goes on.
 
     Returns:
-        None where queries are too few, or every rate diverges.
+        None where different queries are too few, or every rate diverges.
 
     Raises:
         StorageError: what was kept cannot be written or trusted.
     """
-    if len(examples) < _FEWEST:
-        return None
     rates = [float(f"{rate * 10 ** (step / 2):.4g}") for step in _STEPS]
     outcomes = _Outcomes(examples, trial, seed, kept, report, len(rates))
+    if not outcomes.enough():
+        return None
     hits: dict[float, list[bool]] = {each: [] for each in rates}
     running = rates
+    diverged: list[float] = []
     for fold in range(_FOLDS):
         found = {each: outcomes.of(fold, each) for each in running}
+        diverged += [each for each in running if not found[each]]
         running = [each for each in running if found[each]]
         if not running:
-            break
+            outcomes.go_on(0)
+            return None
         for each in running:
             hits[each] += found[each]
         leader = max(running, key=lambda each: sum(hits[each]))  # the first of equals
@@ -90,11 +96,9 @@ def race(
         outcomes.go_on(0 if over else len(running) * (_FOLDS - 1 - fold))
         if over:
             break
-    if not running:
-        return None
     best = max(running, key=lambda each: sum(hits[each]))
-    order = sorted((each for each in rates if hits[each]), key=lambda each: -len(hits[each]))
-    return Race(best, {each: (sum(hits[each]), len(hits[each])) for each in order})
+    order = sorted((each for each in rates if hits[each] and each not in diverged), key=lambda each: -len(hits[each]))
+    return Race(best, {each: (sum(hits[each]), len(hits[each])) for each in order}, tuple(diverged))
 
 
 def _beaten(own: Sequence[bool], leader: Sequence[bool]) -> bool:
@@ -123,18 +127,29 @@ class _Outcomes:
     ) -> None:
         self.examples, self.trial, self.kept, self.report = examples, trial, kept, report
         self.folds = [fold_of(example.text, seed) for example in examples]
+        self.ranked = [
+            [place for place, own in enumerate(self.folds) if own == fold][:_ENOUGH] for fold in range(_FOLDS)
+        ]
         snapshot = kept.load() if kept else None
         self.known: dict[str, list[bool]] = snapshot.values["outcomes"] if snapshot else {}
         self.done, self.total = 0, rates * _FOLDS * _PARTS
 
+    def enough(self) -> bool:
+        """Whether there are different queries enough, in every fold."""
+        texts: set[str] = set()
+        for example in self.examples:
+            texts.add(example.text)
+            if len(texts) == _FEWEST:
+                return all(self.ranked)
+        return False
+
     def of(self, fold: int, rate: float) -> list[bool]:
-        """Whether each query of a fold found its document; none where the training diverged."""
+        """Whether each query of a fold, up to `_ENOUGH`, found its document; none where the training diverged."""
         key = f"{fold}/{rate:g}"
         if key not in self.known:
             train = select(self.examples, [place for place, own in enumerate(self.folds) if own != fold])
-            held_out = select(self.examples, [place for place, own in enumerate(self.folds) if own == fold])
             try:
-                self.known[key] = self.trial(train, held_out, rate, self._inside)
+                self.known[key] = self.trial(train, select(self.examples, self.ranked[fold]), rate, self._inside)
             except TrainingError:
                 self.known[key] = []
             if self.kept:

@@ -86,7 +86,7 @@ def settle_rates(
             report=report,
         )
         rates, record = choice.rates, choice.to_dict()
-        if stage == "head" and train is not None:
+        if stage == "head" and train is not None and config.training.head.epochs:
             rate, told = _raced(config, rates["learning_rate"], dataset, train, store, report, kept)
             rates, record = {"learning_rate": rate}, {**record, "learning_rate": rate, **told}
         snapshot = Snapshot(values={"rates": rates, "record": record})
@@ -107,7 +107,7 @@ def _raced(
 ) -> tuple[float, dict[str, Any]]:
     """The head's rate after a race, and how it went; the rate as it is where there is no race."""
     with ExitStack() as stack:
-        if store.folder is None:  # vectors are needed in every training of the race: compute them once
+        if store.folder is None:  # every training of the race needs the vectors: compute them once for all of these
             store = FeatureStore(Path(stack.enter_context(TemporaryDirectory(prefix="caravan-"))))
 
         def trial(some: Sequence[Example], others: Sequence[Example], rate: float, report: Report | None) -> list[bool]:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from caravan.training.stages import Stage
 
 LINES = "progress.jsonl"
 STAGES: tuple[Stage, ...] = ("head", "adapter")
+_KINDS = ("", ".rate")  # of a stage's snapshots: the training's, and the choice of its rates
 
 _SECONDS = 2.0  # between two lines that say how far the work is
 _SHARE = 0.005  # of the time so far, if that is longer: a day of training makes some thousand lines
@@ -65,8 +67,8 @@ class Traces:
         Raises:
             StorageError: one is damaged, or of other data or settings.
         """
-        for stage in stages:
-            if (snapshots := self.snapshots(stage)) is not None:
+        for stage, what in product(stages, _KINDS):
+            if (snapshots := self.snapshots(stage, what)) is not None:
                 snapshots.load()
 
     def clear(self, *, folder: bool = False) -> None:
@@ -80,9 +82,8 @@ class Traces:
         """
         if self.folder is None:
             return
-        for stage in STAGES:
-            for what in ("", ".rate"):
-                Checkpoint(self.folder / f"{stage}{what}.safetensors", "").clear()
+        for stage, what in product(STAGES, _KINDS):
+            Checkpoint(self.folder / f"{stage}{what}.safetensors", "").clear()
         self._remove_lines(folder=folder)
 
     @contextmanager

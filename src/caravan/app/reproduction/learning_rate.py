@@ -26,6 +26,7 @@ _COLUMNS = (
         "backbone",
     ),
 )
+_RULE = "curvature, then a race for the head"  # how a rate is chosen: by another one it is measured anew
 _GOAL = 0.2  # points that the automatic choice may be behind the best of the sweep
 
 Mode = Literal["head", "adapter"]
@@ -77,6 +78,7 @@ def _outcomes(bench: Bench, dataset: Dataset, mode: Mode, rate: float | str) -> 
     epochs = {stage: bench.settings[f"{stage}_epochs"] for stage in ("head", "adapter")}
     matters = {"epochs": epochs, "train": len(dataset.train), "validation": len(dataset.test)}
     matters |= {"passages": bench.settings["passages"], "catalogue": dataset.catalogue.fingerprint}
+    matters |= {"rule": _RULE} if rate == "auto" else {}
     return [
         bench.measure(
             f"{dataset.name}/{mode}/rate {rate if isinstance(rate, str) else f'{rate:g}'}/seed {seed}",
