@@ -23,6 +23,7 @@ _CLAIM_COLUMNS = (
     "backbone",
     "command",
 )
+_SHOWN = 5  # of these side by side on the page, the others below them
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1f2933; --paper: #ffffff; --line: #d5dae0; --soft: #f4f6f8; --good: #0b6e4f;
@@ -40,6 +41,10 @@ th { background: var(--soft); white-space: nowrap; }
 td { font-variant-numeric: tabular-nums; }
 .confirmed { color: var(--good); font-weight: 600; } .not-confirmed { color: var(--bad); font-weight: 600; }
 .not-testable-here { color: var(--open); font-weight: 600; }
+.claims { width: 100%; } .claims th { white-space: normal; }
+.claims tr:first-child td { border-bottom: 0; padding-top: 0.7rem; } .claims td:nth-child(4) { white-space: nowrap; }
+.claims tr:first-child td:first-child { font-weight: 600; }
+.why td { padding-bottom: 0.7rem; } .why span { color: var(--open); font-size: 0.85rem; }
 figure { display: inline-block; margin: 0.5rem 1rem 0.5rem 0; max-width: 100%; }
 figure img { width: 36rem; max-width: 100%; height: auto; background: #ffffff; border-radius: 4px; }
 code { background: var(--soft); padding: 0.1rem 0.3rem; overflow-wrap: anywhere; }
@@ -161,7 +166,7 @@ def _html(chapters: Sequence[Chapter]) -> str:
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>\n'
         f"<body><h1>{title}</h1>\n<p>The paper is arXiv:2509.16508. Each row says what it states and what was measured "
-        f"here. {links}</p>\n{_html_table(_all_claims(chapters), verdicts=True)}\n"
+        f"here. {links}</p>\n{_html_claims(_all_claims(chapters))}\n"
         f"{''.join(_html_chapter(chapter) for chapter in chapters)}</body></html>\n"
     )
 
@@ -188,9 +193,28 @@ def _figure(chapter: Chapter, name: str, title: str) -> str:
     return f'<figure><img alt="{escape(title)}" src="data:image/svg+xml;base64,{picture}"></figure>\n'
 
 
-def _html_table(table: Table, *, verdicts: bool = False) -> str:
+def _html_claims(table: Table) -> str:
+    """Figures and verdict in one row, what explains them in a second below it: ten columns fit no screen."""
+    head = "".join(f"<th>{escape(column)}</th>" for column in table.columns[:_SHOWN])
+    bodies = ""
+    for row in table.rows:
+        reason, *rest = row[_SHOWN:]
+        facts = zip(table.columns[_SHOWN + 1 :], rest, strict=True)
+        said = " · ".join(f"{escape(name)}: {_code(name, text)}" for name, text in facts if text)
+        cells = "".join(_html_cell(cell) for cell in row[:_SHOWN])
+        bodies += f"<tbody><tr>{cells}</tr>\n<tr class=why><td colspan={_SHOWN}>{escape(reason)}"
+        bodies += f"<br><span>{said}</span></td></tr></tbody>\n"
+    caption = f"<caption>{escape(table.title)}</caption>"
+    return f"<div class=wide><table class=claims>{caption}<thead><tr>{head}</tr></thead>\n{bodies}</table></div>\n"
+
+
+def _code(name: str, text: str) -> str:
+    return f"<code>{escape(text)}</code>" if name == "command" else escape(text)
+
+
+def _html_table(table: Table) -> str:
     head = "".join(f"<th>{escape(column)}</th>" for column in table.columns)
-    rows = "".join(f"<tr>{''.join(_html_cell(cell, verdicts) for cell in row)}</tr>\n" for row in table.rows)
+    rows = "".join(f"<tr>{''.join(_html_cell(cell) for cell in row)}</tr>\n" for row in table.rows)
     note = f"<p class=note>{escape(table.note)}</p>\n" if table.note else ""
     caption = f"<caption>{escape(table.title)}</caption>"
     return (
@@ -198,7 +222,7 @@ def _html_table(table: Table, *, verdicts: bool = False) -> str:
     )
 
 
-def _html_cell(cell: str, verdicts: bool) -> str:
-    known = verdicts and cell in ("confirmed", "not confirmed", "not testable here")
+def _html_cell(cell: str) -> str:
+    known = cell in ("confirmed", "not confirmed", "not testable here")
     mark = f' class="{cell.replace(" ", "-")}"' if known else ""
     return f"<td{mark}>{escape(str(cell))}</td>"
