@@ -1,5 +1,6 @@
 """Rates that settings leave open: in a whole training, after a kill, on clients, with privacy, as a command."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -168,12 +169,21 @@ def test_a_private_training_refuses_to_look_at_the_queries_for_a_rate(settings, 
         prepare(config)
 
 
-def test_the_command_line_sets_it(workshop):
-    train = ("train", "-c", workshop.quick, "-o", "out", "--set")
-    assert run(*train, "training.head.learning_rate=auto").code == 0
+def test_the_command_line_sets_it_and_tells_what_was_chosen(workshop):
+    train = ("train", "-c", workshop.quick, "-o", "out", "--mode", "head", "--learning-rate")
+    assert run(*train, "auto").code == 0
     record = load("out").record
     assert record["config"]["training"]["head"]["learning_rate"] == "auto"
-    assert record["learning_rates"]["head"]["learning_rate"] > 0
-    outcome = run(*train, "training.head.learning_rate=fast")
+    chosen = record["learning_rates"]["head"]["learning_rate"]
+    assert chosen > 0
+    assert json.loads(run("info", "out", "--json").out)["learning_rates"] == {"head.learning_rate": chosen}
+    assert f"{chosen}" in run("info", "out").out
+    outcome = run(*train, "fast")
+    assert outcome.code == 2
+    assert "'fast' is neither a number nor auto" in outcome.err
+
+
+def test_a_setting_that_is_neither_a_number_nor_auto_is_refused(workshop):
+    outcome = run("train", "-c", workshop.quick, "-o", "out", "--set", "training.head.learning_rate=fast")
     assert outcome.code in (1, 2)
     assert "training.head.learning_rate = 'fast': input should be a valid number" in outcome.err

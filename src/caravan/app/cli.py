@@ -13,7 +13,7 @@ import typer
 
 from caravan import __version__
 from caravan.app import ask, communicate, doctor, federate, improve, mcp, personal, privacy, reproduce, serve
-from caravan.app.command import Config, Json, Set, TwoWords, print_json, work
+from caravan.app.command import Config, Json, LearningRate, Set, TwoWords, print_json, work
 from caravan.app.options import build_config, parse_settings
 from caravan.errors import CaravanError
 
@@ -99,7 +99,7 @@ def train(
     mode: Annotated[str | None, typer.Option(help="adapter: adapter and head; head: the head alone (fast).")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the data in the last stage.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Queries a step in the last stage.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Of the adapter, or of the head in head mode.")] = None,
+    learning_rate: LearningRate = None,
     adapter: Annotated[str | None, typer.Option(help="full, lowrank, core or none.")] = None,
     rank: Annotated[int | None, typer.Option(help="Of a lowrank or core adapter.")] = None,
     backbone: Annotated[str | None, typer.Option(help="minilm, a model folder, or a Hugging Face id.")] = None,

@@ -10,6 +10,8 @@ import typer
 from click import Command, Context
 from typer.core import TyperGroup
 
+from caravan.config import AUTO
+
 if TYPE_CHECKING:
     from caravan.app.display import Bars
 
@@ -20,6 +22,31 @@ Config = Annotated[
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Any setting, e.g. --set head.hidden=0. Repeatable."),
+]
+
+
+def number_or_auto(text: str) -> float | str:
+    """Read a learning rate.
+
+    Raises:
+        BadParameter: it is neither a number nor "auto".
+    """
+    if text == AUTO:
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is neither a number nor {AUTO}") from None
+
+
+LearningRate = Annotated[
+    Any,
+    typer.Option(
+        parser=number_or_auto,
+        metavar="RATE",
+        help="Of the adapter, or of the head in head mode; auto chooses it on held-out queries (head) or by the loss's "
+        "curvature.",
+    ),
 ]
 
 
