@@ -16,7 +16,6 @@ _FOLDS = 4  # three quarters of the queries train: few enough trainings, and nea
 _ENOUGH = 4000  # queries held out in all: then one in a thousand shows
 _FEWEST = 40  # different queries, below which one of them decides
 _STEPS = (0, -1, 1, -2, 2, 3)  # half powers of ten from the rate that the loss's curvature asks for, nearest first
-_FINER = (0, -0.5, 0.5)  # the same, from the winner
 _TASK = "choosing the head's learning rate on held-out queries"
 _PARTS = 100  # of a training, for the bar
 
@@ -58,8 +57,7 @@ def race(
     A rate leaves the race when, over all folds so far, the queries that only the leader finds outnumber those that
     only it finds by more than two standard errors, the root of their sum (McNemar's test; racing as in Maron and
     Moore, Hoeffding Races, NIPS 1993); and when a training diverges at it. The race ends with one rate left, after
-    four folds, or when enough queries were held out. Of equals the one nearest to `rate` wins. The winner then races
-    once more, with one rate on either side, halfway to its neighbours.
+    four folds, or when enough queries were held out. Of equals the one nearest to `rate` wins.
 
     Args:
         rate: where to look first.
@@ -76,22 +74,31 @@ def race(
     Raises:
         StorageError: what was kept cannot be written or trusted.
     """
-    outcomes = _Outcomes(examples, trial, seed, kept, report)
+    rates = [float(f"{rate * 10 ** (step / 2):.4g}") for step in _STEPS]
+    outcomes = _Outcomes(examples, trial, seed, kept, report, len(rates))
     if not outcomes.enough():
         return None
-    best = outcomes.race(_around(rate, _STEPS))
-    if best is not None:
-        best = outcomes.race(_around(best, _FINER))
-    outcomes.end()
-    if best is None:
-        return None
-    order = sorted(outcomes.hits, key=lambda each: -len(outcomes.hits[each]))
-    found = {each: (sum(outcomes.hits[each]), len(outcomes.hits[each])) for each in order}
-    return Race(best, found, tuple(outcomes.diverged))
-
-
-def _around(rate: float, steps: Sequence[float]) -> list[float]:
-    return [float(f"{rate * 10 ** (step / 2):.4g}") for step in steps]
+    hits: dict[float, list[bool]] = {each: [] for each in rates}
+    running = rates
+    diverged: list[float] = []
+    for fold in range(_FOLDS):
+        found = {each: outcomes.of(fold, each) for each in running}
+        diverged += [each for each in running if not found[each]]
+        running = [each for each in running if found[each]]
+        if not running:
+            outcomes.go_on(0)
+            return None
+        for each in running:
+            hits[each] += found[each]
+        leader = max(running, key=lambda each: sum(hits[each]))  # the first of equals
+        running = [each for each in running if not _beaten(hits[each], hits[leader])]
+        over = len(running) == 1 or len(hits[leader]) >= _ENOUGH
+        outcomes.go_on(0 if over else len(running) * (_FOLDS - 1 - fold))
+        if over:
+            break
+    best = max(running, key=lambda each: sum(hits[each]))
+    order = sorted((each for each in rates if hits[each] and each not in diverged), key=lambda each: -len(hits[each]))
+    return Race(best, {each: (sum(hits[each]), len(hits[each])) for each in order}, tuple(diverged))
 
 
 def _beaten(own: Sequence[bool], leader: Sequence[bool]) -> bool:
@@ -116,6 +123,7 @@ class _Outcomes:
         seed: int,
         kept: Checkpoint | None,
         report: Report | None,
+        rates: int,
     ) -> None:
         self.examples, self.trial, self.kept, self.report = examples, trial, kept, report
         self.folds = [fold_of(example.text, seed) for example in examples]
@@ -124,9 +132,7 @@ class _Outcomes:
         ]
         snapshot = kept.load() if kept else None
         self.known: dict[str, list[bool]] = snapshot.values["outcomes"] if snapshot else {}
-        self.hits: dict[float, list[bool]] = {}
-        self.diverged: list[float] = []
-        self.done, self.total = 0, (len(_STEPS) + len(_FINER) - 1) * _FOLDS * _PARTS
+        self.done, self.total = 0, rates * _FOLDS * _PARTS
 
     def enough(self) -> bool:
         """Whether there are different queries enough, in every fold."""
@@ -136,30 +142,6 @@ class _Outcomes:
             if len(texts) == _FEWEST:
                 return all(self.ranked)
         return False
-
-    def race(self, rates: Sequence[float]) -> float | None:
-        """The rate that finds most, the first of equals; None where all diverge."""
-        running, new = list(rates), [rate for rate in rates if rate not in self.hits]
-        hits: dict[float, list[bool]] = {rate: [] for rate in rates}
-        end = self.done + len(new) * _FOLDS * _PARTS
-        for fold in range(_FOLDS):
-            found = {rate: self.of(fold, rate) for rate in running}
-            self.diverged += [rate for rate in running if not found[rate]]
-            running = [rate for rate in running if found[rate]]
-            for rate in running:
-                hits[rate] += found[rate]
-            leader = max(running, key=lambda rate: sum(hits[rate]), default=None)
-            if leader is None:
-                break
-            running = [rate for rate in running if not _beaten(hits[rate], hits[leader])]
-            if len(running) == 1 or len(hits[leader]) >= _ENOUGH:
-                break
-            ahead = sum(rate in new for rate in running) * (_FOLDS - 1 - fold) * _PARTS
-            self._tell(end - ahead)
-        self._tell(end)
-        known = {rate: own for rate, own in hits.items() if len(own) > len(self.hits.get(rate, ()))}
-        self.hits = {rate: own for rate, own in (self.hits | known).items() if rate not in self.diverged}
-        return max(running, key=lambda rate: sum(hits[rate]), default=None)
 
     def of(self, fold: int, rate: float) -> list[bool]:
         """Whether each query of a fold, up to `_ENOUGH`, found its document; none where the training diverged."""
@@ -172,19 +154,19 @@ class _Outcomes:
                 self.known[key] = []
             if self.kept:
                 self.kept.save(Snapshot(values={"outcomes": self.known}))
-            self._tell(self.done + _PARTS)
+        self.done += _PARTS
+        self._tell(self.done)
         return self.known[key]
 
-    def end(self) -> None:
-        """Count as done what was not needed."""
-        self._tell(self.total)
+    def go_on(self, ahead: int) -> None:
+        """Count as done what will not be trained: all but so many trainings."""
+        self.done = self.total - ahead * _PARTS
+        self._tell(self.done)
 
     def _inside(self, progress: Progress) -> None:
-        if self.report is not None and progress.task.startswith("training"):
-            done = self.done + _PARTS * progress.done // progress.total
-            self.report(Progress(_TASK, min(done, self.total), self.total))
+        if progress.task.startswith("training"):
+            self._tell(self.done + _PARTS * progress.done // progress.total)
 
     def _tell(self, done: int) -> None:
-        self.done = max(self.done, min(done, self.total))  # a winner may owe folds that its first race did not need
         if self.report is not None:
             self.report(Progress(_TASK, done, self.total))
