@@ -70,6 +70,7 @@ def test_clients_have_a_guarantee_each_and_weigh_the_same(settings, prepare):
     )
 
 
+@pytest.mark.slow
 def test_a_target_epsilon_is_each_clients_own(settings, prepare):
     federation = {"partition": "column", "column": "site", "rounds": 2}
     config = private(settings(mode="head", epochs=2, federation=federation), noise_multiplier=None, epsilon=4.0)

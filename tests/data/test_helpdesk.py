@@ -101,6 +101,7 @@ def test_no_question_is_asked_twice_in_or_across_splits(questions):
     assert [text for text, count in Counter(map(str.casefold, questions)).items() if count > 1] == []
 
 
+@pytest.mark.slow
 def test_no_two_questions_are_near_duplicates(questions):
     assert near_duplicates(questions, LARGEST_TRIGRAM_OVERLAP) == []
 

@@ -355,6 +355,7 @@ train(backbone, "adapter", resumable_config(), checkpoint=module.Checkpoint(sys.
 """
 
 
+@pytest.mark.slow
 def test_a_process_killed_in_the_middle_of_a_save_is_resumed_to_the_same_bits(backbone, path):
     here = Path(__file__).parent
     child = subprocess.run(
