@@ -231,10 +231,9 @@ def _recorded(record: Mapping[str, Any]) -> dict[str, Any]:
         facts["recall@1"] = {name: row["metrics"]["recall@1"]["value"] for name, row in record["metrics"].items()}
     if "learning_rates" in record:  # those that were chosen
         facts["learning_rates"] = {
-            f"{stage}.{name}": rate
+            f"{stage}.{name}": found[name]
             for stage, found in record["learning_rates"].items()
-            for name, rate in found.items()
-            if name in ("learning_rate", "head_learning_rate")
+            for name in found["lines"]
         }
     if "version" in record:
         facts["version"] = record["version"]["number"]

@@ -177,8 +177,9 @@ class Experiment:
 
     def _check_budgets(self) -> None:
         """Refuse before the first step what a cap would stop later; what a resumed training has done is spent."""
+        ahead = [stage for stage in self.stages if self._is_ahead(stage)]
         for budget in self.budgets.values():
-            budget.check([stage for stage in self.stages if self._is_ahead(stage)])
+            budget.check(ahead)
 
     def _is_ahead(self, stage: Stage) -> bool:
         snapshots = self.traces.snapshots(stage)
@@ -186,22 +187,21 @@ class Experiment:
 
     def _settle_rates(self, stage: Stage) -> dict[str, dict[str, Any]]:
         """Put numbers in place of "auto", and say how by stage; of a federation on passages alone."""
-
-        def train(dataset: Dataset, config: Config, store: FeatureStore, report: Report | None) -> Retriever:
-            return Experiment(dataset, config, backbone=self.backbone, store=store, report=report).run()
-
         self.settled, record = settle_rates(
             self.settled,
             stage,
             self.retriever,
             self.dataset,
             self.passages,
-            train=None if self.federated else train,
+            train=None if self.federated else self._anew,
             store=self.store,
             report=self.report,
             kept=self.traces.snapshots(stage, ".rate"),
         )
         return {stage: record} if record else {}
+
+    def _anew(self, dataset: Dataset, config: Config, store: FeatureStore, report: Report | None) -> Retriever:
+        return Experiment(dataset, config, backbone=self.backbone, store=store, report=report).run()
 
     def _start_publicly(self, stage: Stage) -> None:
         """Train a private training's stage on passages first: documents are public, and cost no privacy."""

@@ -79,7 +79,7 @@ def race(
     if not outcomes.enough():
         return None
     hits: dict[float, list[bool]] = {each: [] for each in rates}
-    running = rates
+    leader, running = rates[0], rates
     diverged: list[float] = []
     for fold in range(_FOLDS):
         found = {each: outcomes.of(fold, each) for each in running}
@@ -96,9 +96,8 @@ def race(
         outcomes.go_on(0 if over else len(running) * (_FOLDS - 1 - fold))
         if over:
             break
-    best = max(running, key=lambda each: sum(hits[each]))
     order = sorted((each for each in rates if hits[each] and each not in diverged), key=lambda each: -len(hits[each]))
-    return Race(best, {each: (sum(hits[each]), len(hits[each])) for each in order}, tuple(diverged))
+    return Race(leader, {each: (sum(hits[each]), len(hits[each])) for each in order}, tuple(diverged))
 
 
 def _beaten(own: Sequence[bool], leader: Sequence[bool]) -> bool:
